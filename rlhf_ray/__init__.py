@@ -1,0 +1,1 @@
+"""Reinforcement-Learning-based Hierarchical Fine-tuning: learn how to fine-tune."""

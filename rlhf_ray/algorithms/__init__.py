@@ -1,0 +1,119 @@
+"""The algorithms, by name. Ray is imported only when one is built.
+
+Every algorithm is an RLlib `Algorithm` with one RLModule (policy) per level and the hand-over
+backup; it works for any turn-based `MultiAgentEnv` in which exactly one agent (a level) acts per
+step. Such an environment
+- names its agents after the levels; observations are `{"features": (F,) float32, "action_mask":
+  (A,)}`, actions `Discrete(A)`, alike for all levels;
+- gives each step's reward to the acting agent alone, and ends by `terminateds["__all__"]`;
+- is reset by `reset(options={"episode": n})`, which fixes all that is random about episode n;
+- may block in `step`, and is called from one thread at a time;
+- may have a method `episode_metrics() -> dict[str, float]`, asked when an episode has ended.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.algorithms.settings import AlgorithmSettings
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.networks import NetworkSettings
+
+if TYPE_CHECKING:
+    from ray.rllib.algorithms.algorithm import Algorithm
+    from ray.rllib.env.multi_agent_env import MultiAgentEnv
+    from torch import Tensor
+
+ALGORITHMS: Mapping[str, str] = {"dqn": "rlhf_ray.algorithms.dqn"}
+"""Name -> module with `build(...)`, `network_settings(...)` and `level_weights(...)`."""
+
+
+def check_algorithm(name: str) -> None:
+    """Raises InputError, with the nearest valid name, unless `name` is an algorithm."""
+    if name not in ALGORITHMS:
+        raise unknown_name("algorithm", name, ALGORITHMS)
+
+
+def build_algorithm(
+    name: str,
+    *,
+    env_creator: "Callable[[dict[str, Any]], MultiAgentEnv]",
+    env_config: dict[str, Any],
+    levels: tuple[str, ...],
+    n_features: int,
+    n_actions: int,
+    settings: AlgorithmSettings,
+) -> "Algorithm":
+    """Builds an algorithm, ready for `train()`. Starts Ray if none runs.
+
+    Args:
+        name: one of `ALGORITHMS`.
+        env_creator: makes an environment (see the module) from its configuration. It is neither
+            copied nor pickled as long as `settings.num_env_runners` is 0.
+        env_config: handed to `env_creator`.
+        levels: the level names, the environment's agents.
+        n_features: F.
+        n_actions: A.
+        settings: of the trial.
+
+    Returns:
+        The algorithm, untrained. Each `train()` plays `episodes_per_iteration` episodes and
+        returns the metrics listed in its module.
+
+    Raises:
+        InputError: unknown algorithm or setting.
+    """
+    check_algorithm(name)
+    if not levels or len(set(levels)) != len(levels):
+        raise InputError(f"levels must be distinct names, at least one, got levels={levels}.")
+    return import_module(ALGORITHMS[name]).build(
+        env_creator=env_creator,
+        env_config=env_config,
+        levels=levels,
+        n_features=n_features,
+        n_actions=n_actions,
+        settings=settings,
+    )
+
+
+def network_settings(
+    name: str, *, n_levels: int, n_features: int, n_actions: int, settings: AlgorithmSettings
+) -> NetworkSettings:
+    """The shape of the networks that an algorithm learns; needs no Ray."""
+    check_algorithm(name)
+    return NetworkSettings(
+        n_levels=n_levels,
+        n_features=n_features,
+        n_actions=n_actions,
+        hidden=settings.hidden,
+        dueling=settings.dueling,
+        encoder=settings.encoder,
+        n_members=settings.n_members,
+        pessimism=settings.pessimism,
+    )
+
+
+def level_weights(algorithm: "Algorithm") -> "dict[str, Tensor]":
+    """The learned networks: the learner's weights, as the state dict of `LevelQNetworks`."""
+    learned: dict[str, Tensor] = algorithm.level_weights()  # pyright: ignore[reportAttributeAccessIssue]
+    return learned
+
+
+def episodes_of(result: Mapping[str, Any]) -> list[dict[str, float]]:
+    """One record per episode that a `train()` played, in order.
+
+    Each has `episode` (its number), `return` (undiscounted), `length` (steps), `epsilon`, and what
+    the environment's `episode_metrics()` gave.
+    """
+    return list(result["episode_records"])
+
+
+__all__ = [
+    "ALGORITHMS",
+    "AlgorithmSettings",
+    "build_algorithm",
+    "check_algorithm",
+    "episodes_of",
+    "level_weights",
+    "network_settings",
+]

@@ -1,0 +1,91 @@
+"""RLModules: one policy per level, each a view on the levels' networks.
+
+With a shared encoder every level's module holds the same encoder object, so each is a complete
+policy by itself while all learn one encoder. A level's state lists it too; loading all levels'
+states writes the same values into it L times.
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule, MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
+
+from rlhf_ray.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
+
+
+class LevelModule(TorchRLModule):
+    """The policy of one level; the `LevelsModule` that holds it gives it its network."""
+
+    q: LevelQNetwork
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        observation = batch[Columns.OBS]
+        values = masked(self.q.values(observation["features"]), observation["action_mask"])
+        return {Columns.ACTIONS: values.argmax(dim=-1)}
+
+    @torch.no_grad()
+    def greedy_action(self, observation: dict[str, np.ndarray]) -> int:
+        """The valid action of highest value for one observation.
+
+        One row at a time: in a batch, rounding would depend on which other episodes happened to
+        be ready, and results on timing.
+        """
+        features = torch.from_numpy(observation["features"]).float().unsqueeze(0)
+        values = self.q.values(features)[0].numpy()
+        return int(np.where(observation["action_mask"] != 0, values, -np.inf).argmax())
+
+
+class LevelsModule(MultiRLModule):
+    """All levels' policies and the networks behind them."""
+
+    networks: LevelQNetworks
+
+    def setup(self) -> None:
+        """Builds the levels' modules and gives each its network."""
+        super().setup()
+        self.networks = LevelQNetworks(
+            self.model_config["network"], seed=self.model_config["network_seed"]
+        )
+        for index, level in enumerate(self.model_config["levels"]):
+            self._rl_modules[level].q = self.networks.level(index)
+
+
+def levels_spec(
+    levels: tuple[str, ...],
+    network: NetworkSettings,
+    seed: int,
+    observation_space: gym.Space,
+    action_space: gym.Space,
+) -> MultiRLModuleSpec:
+    """The specification from which RLlib builds a `LevelsModule`.
+
+    Args:
+        levels: the level names, in order; they name the modules.
+        network: shape of the networks.
+        seed: of the initial weights.
+        observation_space: of every level.
+        action_space: of every level.
+    """
+    return MultiRLModuleSpec(
+        multi_rl_module_class=LevelsModule,
+        model_config={"levels": levels, "network": network, "network_seed": seed},
+        rl_module_specs={
+            level: RLModuleSpec(
+                module_class=LevelModule,
+                observation_space=observation_space,
+                action_space=action_space,
+                model_config={},
+            )
+            for level in levels
+        },
+    )
+
+
+def level_of_agent(agent_id: str, episode: Any, **kwargs: Any) -> str:
+    """The policy mapping: an agent is a level, and has the module of its name."""
+    return agent_id

@@ -1,0 +1,242 @@
+"""The configuration of a search: the one schema behind the library and the command line.
+
+Fields are documented with unit and range; `__post_init__` checks them before any work starts.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlhf_ray.digests import digest
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.loaded_model import EngineSettings
+from rlhf_ray.observations import Observer, as_groups
+from rlhf_ray.operations import Operation, OptimizerName, default_operations
+from rlhf_ray.process import ProcessSettings, RewardWeights
+
+ALGORITHM_NAMES = ("dqn",)
+"""Algorithms that `rlhf_ray.algorithms` builds."""
+
+SWEPT = ("gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight")
+"""The settings that a sweep varies; each takes one or more values."""
+
+ALWAYS_BASELINES = ("fixed", "full", "full_best", "head", "random")
+"""The baselines that every report holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What a search does. Every field has a default that suits a laptop.
+
+    Attributes:
+        gamma: discount per stage, in [0, 1]; one or more values to sweep.
+        epsilon: final share of random actions, in [0, 1]; falls linearly from 1 over the first
+            half of the episodes; one or more values to sweep.
+        tuning_cost_weight: reward taken per full stage of tuning cost, >= 0; one or more values.
+        switch_cost_weight: reward taken per level of distance handed over, >= 0; one or more.
+        num_samples: random search: this many trials, each swept setting drawn between its lowest
+            and highest value; None: the grid of all values (the defaults: a half-fraction of it).
+        algorithm: what learns: "dqn".
+        episodes: episodes per trial, >= 1.
+        horizon: stages per episode at most, >= 1.
+        budget: tuning cost per episode after which no stage is begun, full stages, > 0.
+        seed: of the sweep: exploration, tasks drawn, networks; >= 0.
+        replicas: replica seeds a policy is trained on and judged on, >= 1.
+        performance: "gain": of the best val metric so far; "value": the metric itself.
+        cost: "flops": tuning cost in full stages; "seconds": as measured.
+        start: the level that acts first: "first", or "random" (seeded).
+        observation: "all" feature groups, some of them, or "tabular": (level, task).
+        steps: optimizer steps per stage, >= 1; None: one epoch.
+        batch_size: examples per step, >= 1.
+        optimizer: "adam" or "sgd".
+        learning_rates: low, middle, high, each > 0; None: the optimizer's own.
+        keep_optimizer_state: a level's optimizer goes on where its last stage left it.
+        utility_cost: a of the utility `metric - a * cost - b * switches`, per full stage, >= 0.
+        utility_switch: b of the utility, per level of distance, >= 0.
+        baselines: schedules to compare with on the test tasks besides those always shown:
+            names, or "all".
+        val_size: val examples that decisions use, >= 1.
+        device: "auto", "cpu" or "cuda".
+        precision: "fp32", or "bf16" on CUDA.
+        cache_gb: bound on cached activations per worker, GB, >= 0; 0: no caching.
+        weights_gb: bound on the weights kept under the storage path, GB, > 0.
+        storage_path: where everything durable goes: a folder or a URI that pyarrow.fs opens.
+        name: of the sweep's folder; None: made from suite and configuration.
+        address: of a running Ray cluster; None: one that is running here, or a local one.
+        num_workers: actors that carry out stages, >= 1; "auto": one per core, or per GPU.
+        cpus_per_worker: cores each reserves, > 0.
+        gpus_per_worker: GPUs each reserves, >= 0; a fraction shares one.
+        concurrent_trials: trials that run at once, >= 1; "auto": as many as cores, at most 4.
+        stages_in_flight: episodes that one trial plays at once, >= 1.
+        env_runners: remote RLlib env runners per trial, >= 0; 0: in the trial itself.
+        share: carry every stage out once for the whole sweep; False: every time it is asked for.
+        prefill: carry out the whole tree to this depth first, 0 to 3.
+        replay_only: carry out nothing new; a stage that is not in the tree is an error.
+        rllib: any setting of RLlib's algorithm by name.
+    """
+
+    gamma: tuple[float, ...] = (0.9, 0.99)
+    epsilon: tuple[float, ...] = (0.05, 0.2)
+    tuning_cost_weight: tuple[float, ...] = (0.01, 0.03)
+    switch_cost_weight: tuple[float, ...] = (0.001, 0.004)
+    num_samples: int | None = None
+    algorithm: str = "dqn"
+    episodes: int = 96
+    horizon: int = 5
+    budget: float | None = None
+    seed: int = 0
+    replicas: int = 2
+    performance: Literal["gain", "value"] = "gain"
+    cost: Literal["flops", "seconds"] = "flops"
+    start: Literal["first", "random"] = "first"
+    observation: tuple[str, ...] = ("all",)
+    steps: int | None = 20
+    batch_size: int = 64
+    optimizer: OptimizerName = "adam"
+    learning_rates: tuple[float, ...] | None = None
+    keep_optimizer_state: bool = True
+    utility_cost: float = 0.02
+    utility_switch: float = 0.002
+    baselines: tuple[str, ...] = ()
+    val_size: int = 256
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache_gb: float = 1.0
+    weights_gb: float = 4.0
+    storage_path: str = "./rlhf_runs"
+    name: str | None = None
+    address: str | None = None
+    num_workers: int | Literal["auto"] = "auto"
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    concurrent_trials: int | Literal["auto"] = "auto"
+    stages_in_flight: int = 4
+    env_runners: int = 0
+    share: bool = True
+    prefill: int = 0
+    replay_only: bool = False
+    rllib: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*SWEPT, "observation", "baselines"):
+            value = getattr(self, name)
+            given = value if isinstance(value, tuple | list) else (value,)
+            object.__setattr__(self, name, tuple(given))
+        _check(self)
+
+    def operations(self) -> tuple[Operation, ...]:
+        """The operations of the search."""
+        return default_operations(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            keep_optimizer_state=self.keep_optimizer_state,
+            learning_rates=self.learning_rates,
+        )
+
+    def engine_settings(self) -> EngineSettings:
+        """How stages are carried out."""
+        return EngineSettings(
+            device=self.device,
+            precision=self.precision,
+            val_size=self.val_size,
+            cache_bytes=int(self.cache_gb * 2**30),
+        )
+
+    def process_settings(self, weights: RewardWeights | None = None) -> ProcessSettings:
+        """What an episode is, with the reward weights of one trial."""
+        return ProcessSettings(
+            horizon=self.horizon,
+            performance=self.performance,
+            cost=self.cost,
+            budget=self.budget,
+            weights=weights or RewardWeights(),
+        )
+
+    def observer(self, tasks: tuple[str, ...]) -> Observer:
+        """What policies see; `tasks` are those that a tabular observation tells apart."""
+        return Observer(groups=as_groups_of(self.observation), tasks=tasks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, for records."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    def digest(self) -> str:
+        """Identity of what is computed; where it runs and what it is called do not count."""
+        elsewhere = {
+            "storage_path", "name", "address", "num_workers", "cpus_per_worker",
+            "gpus_per_worker", "concurrent_trials", "cache_gb", "weights_gb", "baselines",
+            "device", "replay_only",
+        }  # fmt: skip
+        return digest({k: v for k, v in self.as_json().items() if k not in elsewhere})
+
+
+def as_groups_of(observation: tuple[str, ...]) -> tuple[str, ...]:
+    """Group names of `SearchConfig.observation`."""
+    return as_groups(observation[0] if len(observation) == 1 else observation)
+
+
+def with_defaults(config: SearchConfig, defaults: Mapping[str, Any]) -> SearchConfig:
+    """A suite's own defaults for the fields that the configuration leaves at theirs."""
+    fields = {f.name: f for f in dataclasses.fields(SearchConfig)}
+    for name in defaults:
+        if name not in fields:
+            raise unknown_name("suite default", name, fields)
+    untouched = {
+        name: value
+        for name, value in defaults.items()
+        if getattr(config, name) == _default(fields[name])
+    }
+    return dataclasses.replace(config, **untouched)
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default_factory() if callable(f.default_factory) else f.default
+
+
+_AT_LEAST = {
+    "num_samples": 1, "episodes": 1, "horizon": 1, "seed": 0, "replicas": 1, "steps": 1,
+    "batch_size": 1, "val_size": 1, "num_workers": 1, "concurrent_trials": 1,
+    "stages_in_flight": 1, "env_runners": 0,
+    "utility_cost": 0, "utility_switch": 0, "cache_gb": 0, "gpus_per_worker": 0,
+}  # fmt: skip
+
+
+def _check(config: SearchConfig) -> None:
+    for name in SWEPT:
+        _check_swept(name, getattr(config, name))
+    for name, low in _AT_LEAST.items():
+        value = getattr(config, name)
+        if value is None or value == "auto":
+            continue
+        if not (isinstance(value, int | float) and low <= value < math.inf):
+            raise InputError(f"{name} must be at least {low}, got {name}={value}.")
+    for name in ("budget", "weights_gb", "cpus_per_worker"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be > 0, got {name}={value}.")
+    if not 0 <= config.prefill <= 3:
+        raise InputError(f"prefill must lie in [0, 3], got prefill={config.prefill}.")
+    for name, kind in typing.get_type_hints(SearchConfig).items():
+        if typing.get_origin(kind) is Literal and getattr(config, name) not in kind.__args__:
+            raise unknown_name(name, str(getattr(config, name)), kind.__args__)
+    if config.algorithm not in ALGORITHM_NAMES:
+        raise unknown_name("algorithm", config.algorithm, ALGORITHM_NAMES)
+    config.observer(())
+    config.operations()
+
+
+def _check_swept(name: str, values: tuple[float, ...]) -> None:
+    high = 1.0 if name in ("gamma", "epsilon") else math.inf
+    bounds = "in [0, 1]" if high == 1.0 else "finite and >= 0"
+    if not values:
+        raise InputError(f"{name} must have at least one value, got none.")
+    for value in values:
+        if not (isinstance(value, int | float) and 0 <= value <= high and math.isfinite(value)):
+            raise InputError(f"{name} must be {bounds}, got {name}={value}.")
+    if len(set(values)) != len(values):
+        raise InputError(f"{name} must name each value once, got {name}={values}.")

@@ -1,0 +1,41 @@
+"""The package's exception family, and how bad names are answered.
+
+Every message has the form `<what must hold>, got <name=value>. <fix, or the nearest valid name>.`
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RlhfRayError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(RlhfRayError, ValueError):
+    """Something the user gave cannot be worked with; raised before any work starts."""
+
+
+class StageError(RlhfRayError, RuntimeError):
+    """A stage could not be carried out (a worker lost too often, an operation that raised)."""
+
+
+class StorageError(RlhfRayError, RuntimeError):
+    """What lies under the storage path cannot be read or written as it should."""
+
+
+def unknown_name(what: str, name: str, valid: Iterable[str]) -> InputError:
+    """Error for a name that is not among the valid ones, with the nearest valid name.
+
+    Args:
+        what: what is being named, in the user's words ("suite", "task", "algorithm").
+        name: the name that was given.
+        valid: the names that exist.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+    hint = f"Did you mean {near[0]!r}?" if near else f"Valid: {shown}."
+    return InputError(f"{what} must be one that exists, got {what}={name!r}. {hint}")

@@ -1,0 +1,208 @@
+"""Q-networks for levels that take turns: one policy per level, with or without a shared encoder.
+
+Plain torch, no Ray: the search trains these networks inside RLlib, a saved policy runs them alone.
+Every network may be an ensemble of members (M), evaluated in one batched product per layer.
+
+Dimensions: B batch, L level, F feature, A action, M ensemble member, H hidden unit.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.digests import derive_seed
+from rlhf_ray.errors import InputError
+
+EncoderKind = Literal["shared", "separate"]
+
+HEAD_SCALE = 0.1
+"""Initial scale of the heads: values of actions never tried start near 0, not at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """Shape of the levels' Q-networks.
+
+    Attributes:
+        n_levels: L, >= 1.
+        n_features: F, >= 1.
+        n_actions: A, >= 1, the same for all levels.
+        hidden: units of each hidden layer of the encoder, at least one layer.
+        dueling: values as state value plus centred advantages (Wang et al. 2016).
+        encoder: "shared": one encoder under a head per level; "separate": an encoder per level.
+        n_members: M, independently initialised members of an ensemble, >= 1.
+        pessimism: standard deviations over members that are taken off the mean, >= 0.
+    """
+
+    n_levels: int
+    n_features: int
+    n_actions: int
+    hidden: tuple[int, ...] = (64, 64)
+    dueling: bool = True
+    encoder: EncoderKind = "shared"
+    n_members: int = 1
+    pessimism: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "n_levels": self.n_levels,
+            "n_features": self.n_features,
+            "n_actions": self.n_actions,
+            "n_members": self.n_members,
+            "hidden": min(self.hidden, default=0),
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {name}={value}.")
+        if self.encoder not in ("shared", "separate"):
+            raise InputError(f"encoder must be 'shared' or 'separate', got {self.encoder!r}.")
+        if not (self.pessimism >= 0 and math.isfinite(self.pessimism)):
+            raise InputError(f"pessimism must be finite and >= 0, got pessimism={self.pessimism}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON-able values; `NetworkSettings(**...)` takes them back."""
+        return {**asdict(self), "hidden": list(self.hidden)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "NetworkSettings":
+        """The settings that `to_json` wrote."""
+        return cls(**{**fields, "hidden": tuple(fields["hidden"])})
+
+
+class MemberLinear(nn.Module):
+    """M linear layers side by side: (M, B, n_in) -> (M, B, n_out)."""
+
+    def __init__(
+        self, n_members: int, n_in: int, n_out: int, generator: torch.Generator, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        bound = scale / math.sqrt(n_in)
+
+        def draw(*shape: int) -> nn.Parameter:
+            return nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) * bound)
+
+        self.weight = draw(n_members, n_in, n_out)
+        self.bias = draw(n_members, 1, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies every member to its own slice of `x`."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class LevelQNetwork(nn.Module):
+    """One level's policy: encoder (perhaps shared with other levels) and head."""
+
+    def __init__(self, encoder: nn.ModuleList, head: MemberLinear, settings: NetworkSettings):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.settings = settings
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """Q-values of every member.
+
+        Args:
+            features_BF: float32.
+
+        Returns:
+            (M, B, A) float32.
+        """
+        x = features_BF.expand(self.settings.n_members, *features_BF.shape)
+        for layer in self.encoder:
+            x = torch.relu(layer(x))
+        return _q_values(self.head(x), self.settings)
+
+    def values(self, features_BF: Tensor) -> Tensor:
+        """(B, A) Q-values to act on: the mean over members less `pessimism` deviations."""
+        return pessimistic(self(features_BF), self.settings.pessimism)
+
+
+class LevelQNetworks(nn.Module):
+    """The Q-networks of all levels.
+
+    Args:
+        settings: their shape.
+        seed: of the initial weights; equal seeds give equal weights.
+    """
+
+    def __init__(self, settings: NetworkSettings, *, seed: int = 0) -> None:
+        super().__init__()
+        self.settings = settings
+        n_encoders = 1 if settings.encoder == "shared" else settings.n_levels
+        self.encoders = nn.ModuleList(_encoder(settings, seed, i) for i in range(n_encoders))
+        self.heads = nn.ModuleList(_head(settings, seed, i) for i in range(settings.n_levels))
+
+    def level(self, level: int) -> LevelQNetwork:
+        """One level's network; its parameters are the ones held here."""
+        encoder = self.encoders[level % len(self.encoders)]
+        return LevelQNetwork(encoder, self.heads[level], self.settings)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, features_BF: Tensor, level_B: Tensor) -> Tensor:
+        """Q-values of a mixed batch, each row by its own level's network.
+
+        All levels' heads (and encoders) are evaluated on all rows in one product per layer, and
+        each row takes its own: cheaper for small networks than one pass per level.
+
+        Args:
+            features_BF: float32.
+            level_B: int64, the level whose network is asked.
+
+        Returns:
+            (M, B, A) float32.
+        """
+        n_members = self.settings.n_members
+        batch = features_BF.shape[0]
+        depth = len(self.settings.hidden)
+        x = features_BF.expand(n_members * len(self.encoders), *features_BF.shape)
+        for i in range(depth):
+            x = torch.relu(_stacked([encoder[i] for encoder in self.encoders], x))  # pyright: ignore[reportIndexIssue]
+        if len(self.encoders) == 1:
+            x = x.repeat(len(self.heads), 1, 1)
+        x = _stacked(list(self.heads), x)
+        x = x.view(len(self.heads), n_members, batch, -1)
+        own = x[level_B, :, torch.arange(batch, device=x.device)].transpose(0, 1)
+        return _q_values(own, self.settings)
+
+
+def pessimistic(values_MBA: Tensor, pessimism: float) -> Tensor:
+    """(B, A) mean over members, less `pessimism` standard deviations."""
+    mean = values_MBA.mean(dim=0)
+    if pessimism == 0.0 or values_MBA.shape[0] == 1:
+        return mean
+    return mean - pessimism * values_MBA.std(dim=0, correction=0)
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """The values, with minus infinity where `mask` (broadcast from the right) is 0."""
+    return values.masked_fill(mask == 0, -torch.inf)
+
+
+def _q_values(out: Tensor, settings: NetworkSettings) -> Tensor:
+    if not settings.dueling:
+        return out
+    advantage = out[..., 1:]
+    return out[..., :1] + advantage - advantage.mean(dim=-1, keepdim=True)
+
+
+def _stacked(layers: list[Any], x: Tensor) -> Tensor:
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return torch.baddbmm(bias, x, weight)
+
+
+def _encoder(settings: NetworkSettings, seed: int, index: int) -> nn.ModuleList:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "encoder", index))
+    sizes = (settings.n_features, *settings.hidden)
+    return nn.ModuleList(
+        MemberLinear(settings.n_members, n_in, n_out, generator)
+        for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+    )
+
+
+def _head(settings: NetworkSettings, seed: int, level: int) -> MemberLinear:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "head", level))
+    n_out = settings.n_actions + int(settings.dueling)
+    return MemberLinear(settings.n_members, settings.hidden[-1], n_out, generator, HEAD_SCALE)

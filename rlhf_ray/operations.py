@@ -1,0 +1,208 @@
+"""Operations: what can be done to a level, and how to add another.
+
+An operation is a frozen dataclass with a name. It says which levels it changes when a given level
+acts, and, being run, changes them through the `StageSession` it is handed: data, activations
+cached below the trained levels, optimizer state and the FLOP account are the session's business.
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
+
+import torch
+
+from rlhf_ray.digests import source_digest
+from rlhf_ray.errors import InputError
+from rlhf_ray.tasks import Task
+
+Scope = Literal["level", "up", "all"]
+OptimizerName = Literal["adam", "sgd"]
+
+
+class StageSession(Protocol):
+    """What an operation works with; implemented by `rlhf_ray.stages`.
+
+    Attributes:
+        levels: the levels the operation may change, ascending.
+        task: data, loss and metric of the task (an operation reads its train split only).
+        generator: a CPU generator, seeded from the stage's key: the one source of randomness.
+    """
+
+    levels: tuple[int, ...]
+    task: Task
+    generator: torch.Generator
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters of the session's levels by full name, to be changed in place."""
+        ...
+
+    def train(self, settings: "Train") -> None:
+        """Trains the session's levels on the task's train split, as the settings say."""
+        ...
+
+    def charge(self, flops: float) -> None:
+        """Adds work of the operation's own to the path's account (`train` does so by itself)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation(abc.ABC):
+    """One thing that can be done at a level. Subclasses are frozen dataclasses.
+
+    Attributes:
+        name: unique among the operations of a search; shown in tables.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """The levels changed when `level` acts, ascending; empty: no stage is carried out."""
+
+    @abc.abstractmethod
+    def run(self, session: StageSession) -> None:
+        """Changes the weights of the session's levels."""
+
+    def examples_drawn(self, n_train: int) -> int:
+        """How many training examples a run draws from a train split of `n_train`; 0: none."""
+        return 0
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the operation's effect (JSON-able), and so the stages it leads to.
+
+        The name is left out: two names for one effect share their stages.
+        """
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+        return {"code": source_digest(type(self)), **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Operation):
+    """Train the acting level, the levels from it up to the head, or all of them.
+
+    Attributes:
+        learning_rate: step size, > 0.
+        scope: "level" (the acting one), "up" (it and all above it) or "all".
+        steps: K optimizer steps, >= 1; or None: one pass over the train split.
+        batch_size: examples per step, >= 1.
+        optimizer: "adam" or "sgd" (momentum 0.9).
+        keep_optimizer_state: go on with the state of the level's last stage, or start it anew.
+    """
+
+    learning_rate: float
+    scope: Scope = "level"
+    steps: int | None = 20
+    batch_size: int = 64
+    optimizer: OptimizerName = "adam"
+    keep_optimizer_state: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate must be > 0, got learning_rate={self.learning_rate}.")
+        if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
+            raise InputError("steps and batch_size must be at least 1, got "
+                             f"steps={self.steps}, batch_size={self.batch_size}.")  # fmt: skip
+        if self.optimizer not in ("adam", "sgd"):
+            raise InputError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}.")
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """The acting level, it and those above, or all: by scope."""
+        if self.scope == "level":
+            return (level,)
+        return tuple(range(level if self.scope == "up" else 0, n_levels))
+
+    def examples_drawn(self, n_train: int) -> int:
+        """`steps * batch_size`, or the train split once."""
+        return n_train if self.steps is None else self.steps * self.batch_size
+
+    def settings(self) -> dict[str, Any]:
+        """All fields but name and scope."""
+        # Which levels are trained stands in the path: "up" at the bottom is "all", and shares it.
+        return {key: value for key, value in Operation.settings(self).items() if key != "scope"}
+
+    def run(self, session: StageSession) -> None:
+        """Trains the session's levels."""
+        session.train(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip(Operation):
+    """Carry out no stage; look, and hand over."""
+
+    name: str = "skip"
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """None: no stage."""
+        return ()
+
+    def run(self, session: StageSession) -> None:
+        """Never called: there is no stage."""
+        raise AssertionError("skip carries out no stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Operation):
+    """End the fine-tuning."""
+
+    name: str = "stop"
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """None: no stage."""
+        return ()
+
+    def run(self, session: StageSession) -> None:
+        """Never called: there is no stage."""
+        raise AssertionError("stop carries out no stage")
+
+
+LEARNING_RATES = {"adam": (3e-4, 1e-3, 3e-3), "sgd": (3e-3, 1e-2, 3e-2)}
+"""Low, middle and high, per optimizer."""
+
+
+def default_operations(
+    *,
+    steps: int | None = 20,
+    batch_size: int = 64,
+    optimizer: OptimizerName = "adam",
+    keep_optimizer_state: bool = True,
+    learning_rates: Sequence[float] | None = None,
+) -> tuple[Operation, ...]:
+    """Train this level at a low, middle or high learning rate, from it up, all; skip; stop.
+
+    Args:
+        steps: optimizer steps per stage; None: one epoch.
+        batch_size: examples per step.
+        optimizer: "adam" or "sgd".
+        keep_optimizer_state: see `Train`.
+        learning_rates: low, middle, high; the optimizer's `LEARNING_RATES` by default. The
+            operations on several levels use the middle one.
+
+    Returns:
+        Seven operations, in the order above.
+    """
+    rates = tuple(learning_rates or LEARNING_RATES[optimizer])
+    if len(rates) != 3:
+        raise InputError(f"learning_rates must be three (low, middle, high), got {rates}.")
+
+    def train(name: str, learning_rate: float, scope: Scope) -> Train:
+        return Train(
+            name=name,
+            learning_rate=learning_rate,
+            scope=scope,
+            steps=steps,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            keep_optimizer_state=keep_optimizer_state,
+        )
+
+    low, middle, high = rates
+    return (
+        train("train_low", low, "level"),
+        train("train_mid", middle, "level"),
+        train("train_high", high, "level"),
+        train("train_up", middle, "up"),
+        train("train_all", middle, "all"),
+        Skip(),
+        Stop(),
+    )

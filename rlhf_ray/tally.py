@@ -1,0 +1,109 @@
+"""The account of a search: stages asked for, carried out, and what sharing them saved.
+
+Clients keep tallies; those of several processes are merged. A stage counts as such if it has a
+path: evaluations of the start and test reports enter the seconds only.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_ray.outcomes import Outcome, StageRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a provider of stages answers.
+
+    Attributes:
+        outcome: the one that stands, whoever carried it out.
+        executed: this call carried the request out.
+        carried_out: keys of all stages that this call carried out, missing ancestors included.
+        recomputed: stages run again because their weights were evicted; not in `carried_out`.
+        spent_s: seconds of everything that this call ran, recomputations included.
+    """
+
+    outcome: Outcome
+    executed: bool = False
+    carried_out: tuple[str, ...] = ()
+    recomputed: int = 0
+    spent_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Sums over answers; add and merge in any order.
+
+    Attributes:
+        logical: stages asked for.
+        executed: stages carried out for this client.
+        recomputed: stages run again for their evicted weights.
+        logical_s: seconds that all requests would have taken without sharing.
+        spent_s: seconds of what was run for this client.
+        keys: of the stages met; their number is that of distinct stages.
+    """
+
+    logical: int = 0
+    executed: int = 0
+    recomputed: int = 0
+    logical_s: float = 0.0
+    spent_s: float = 0.0
+    keys: set[str] = field(default_factory=set)
+
+    @property
+    def distinct(self) -> int:
+        """Distinct stages met."""
+        return len(self.keys)
+
+    @property
+    def saved_s(self) -> float:
+        """Seconds that sharing saved."""
+        return self.logical_s - self.spent_s
+
+    def add(self, request: StageRequest, answer: Answer) -> None:
+        """Counts one answered request."""
+        if request.path and request.kind == "stage":
+            self.logical += 1
+            self.keys.add(answer.outcome.key)
+        self.logical_s += answer.outcome.time_s
+        self.executed += len(answer.carried_out)
+        self.keys.update(answer.carried_out)
+        self.recomputed += answer.recomputed
+        self.spent_s += answer.spent_s
+
+    def merge(self, other: "Tally") -> None:
+        """Adds another client's tally to this one."""
+        self.logical += other.logical
+        self.executed += other.executed
+        self.recomputed += other.recomputed
+        self.logical_s += other.logical_s
+        self.spent_s += other.spent_s
+        self.keys |= other.keys
+
+    @classmethod
+    def total(cls, tallies: Iterable["Tally"]) -> "Tally":
+        """The sum of tallies."""
+        result = cls()
+        for tally in tallies:
+            result.merge(tally)
+        return result
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it."""
+        return {**vars(self), "keys": sorted(self.keys)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Tally":
+        """Reads what `as_json` gave."""
+        return cls(**{**data, "keys": set(data["keys"])})
+
+    def summary(self) -> dict[str, float]:
+        """The figures that reports show."""
+        return {
+            "logical": self.logical,
+            "distinct": self.distinct,
+            "executed": self.executed,
+            "recomputed": self.recomputed,
+            "seconds_spent": self.spent_s,
+            "seconds_saved": self.saved_s,
+        }

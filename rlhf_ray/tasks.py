@@ -1,0 +1,279 @@
+"""Tasks and suites: what is adapted, to which data, judged by which metric.
+
+Checks everything a user can get wrong about data here, before any work starts. What a level is
+stands in `levels`; how a suite is trained on stands in `stages`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_ray.digests import digest, source_digest, tensor_digest
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.levels import split_levels
+
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""What a model is called with: `model(x)`, `model(*x)` or `model(**x)`; batch dimension first."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, targets) -> scalar, a mean over the batch."""
+
+SPLITS = ("train", "val", "test")
+
+
+def call_model(model: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    """Calls a model with a tensor, a tuple (positional) or a dict (by keyword) of tensors."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(**inputs)
+
+
+def map_inputs(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """Applies a function to every tensor of the inputs and keeps their form."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, tuple):
+        return tuple(function(value) for value in inputs)
+    return {name: function(value) for name, value in inputs.items()}
+
+
+def input_tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors of the inputs by name ("x", or position, or keyword)."""
+    if isinstance(inputs, Tensor):
+        return {"x": inputs}
+    if isinstance(inputs, tuple):
+        return {str(i): value for i, value in enumerate(inputs)}
+    return inputs
+
+
+def n_examples(inputs: Inputs) -> int:
+    """Size of the batch dimension."""
+    return next(iter(input_tensors(inputs).values())).shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a task is judged by.
+
+    Attributes:
+        name: shown in tables.
+        function: (outputs, targets) of a whole split -> number.
+        higher_is_better: the metric's direction.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor | float]
+    higher_is_better: bool = True
+
+    def score(self, value: float) -> float:
+        """The value turned so that higher is better."""
+        return value if self.higher_is_better else -value
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+accuracy = Metric(name="accuracy", function=_accuracy)
+"""Share of arg-max predictions that are right; outputs (B, C, ...) against targets (B, ...)."""
+
+
+def as_metric(metric: Metric | Callable[[Tensor, Tensor], Tensor | float]) -> Metric:
+    """A plain function counts as a metric of which more is better."""
+    if isinstance(metric, Metric):
+        return metric
+    return Metric(name=getattr(metric, "__name__", "metric"), function=metric)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """Data, loss and metric: what one fine-tuning adapts to.
+
+    Args:
+        name: unique within its suite.
+        train: (x, y) the weights are trained on. x: a tensor, or a tuple or dict of tensors, batch
+            first, as the model takes it; y: a tensor, batch first.
+        val: (x, y) that decisions are made on.
+        test: (x, y) that reports are made on; never enters a decision.
+        loss: (outputs, y) -> scalar mean; cross-entropy by default.
+        metric: a `Metric`, or a function (outputs, y) -> number of which more is better.
+
+    Raises:
+        InputError: empty or mismatched data, NaN or infinite inputs or targets.
+    """
+
+    name: str
+    train: tuple[Inputs, Tensor]
+    val: tuple[Inputs, Tensor]
+    test: tuple[Inputs, Tensor]
+    loss: Loss = F.cross_entropy
+    metric: Metric | Callable[[Tensor, Tensor], Tensor | float] = accuracy
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a task's name must be a non-empty string, got name={self.name!r}.")
+        object.__setattr__(self, "metric", as_metric(self.metric))
+        for split in SPLITS:
+            _check_split(self.name, split, getattr(self, split))
+
+    def split(self, name: str) -> tuple[Inputs, Tensor]:
+        """The (x, y) of "train", "val" or "test"."""
+        return getattr(self, name)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Identity by content: data, loss and metric; the name does not count."""
+        assert isinstance(self.metric, Metric)
+        data = {
+            f"{split}/{name}": value
+            for split in SPLITS
+            for name, value in _named_tensors(self.split(split)).items()
+        }
+        metric = [self.metric.name, self.metric.higher_is_better]
+        code = [source_digest(self.loss), source_digest(self.metric.function)]
+        return digest(tensor_digest(data), metric, code)
+
+
+def _named_tensors(data: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
+    x, y = data
+    return {**{f"x/{name}": value for name, value in input_tensors(x).items()}, "y": y}
+
+
+def _check_split(task: str, split: str, data: object) -> None:
+    where = f"task {task!r}, {split}"
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor)):
+        raise InputError(f"{where}: data must be a pair (x, y) with a tensor y, got {_kind(data)}.")
+    x, y = data
+    if not isinstance(x, Tensor | tuple | dict) or not input_tensors(x):
+        raise InputError(f"{where}: x must be a tensor, tuple or dict of tensors, got {_kind(x)}.")
+    for name, value in _named_tensors((x, y)).items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise InputError(f"{where}: {name} must be a tensor with a batch dimension, "
+                             f"got {_kind(value)}.")  # fmt: skip
+        if value.shape[0] == 0:
+            raise InputError(f"{where}: data must not be empty, got {name} of shape "
+                             f"{tuple(value.shape)}.")  # fmt: skip
+        if value.shape[0] != y.shape[0]:
+            raise InputError(f"{where}: x and y must have as many examples, got {name} with "
+                             f"{value.shape[0]} and y with {y.shape[0]}.")  # fmt: skip
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{where}: values must be finite, got NaN or infinity in {name}.")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Suite:
+    """A pretrained model, its levels, and three sets of tasks.
+
+    Args:
+        name: names the sweep's folder and appears in reports.
+        model: any `nn.Module` that maps a task's x to outputs, batch first; left as it is.
+        levels: ordered, input side first: level name -> names of the model's modules.
+        train_tasks: policies learn on them.
+        val_tasks: the sweep is judged on them.
+        test_tasks: touched by the final report only.
+        source: a sample of the pretraining inputs, for the observation's activation shift; or None.
+        defaults: settings (`SearchConfig` fields) that this suite wants unless the user says else.
+
+    Raises:
+        InputError: no tasks, names that repeat, levels that do not fit the model, data that the
+            model or the loss cannot take.
+    """
+
+    name: str
+    model: nn.Module
+    levels: Mapping[str, Sequence[str]]
+    train_tasks: Sequence[Task]
+    val_tasks: Sequence[Task]
+    test_tasks: Sequence[Task]
+    source: Inputs | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in {".", ".."} or set(self.name) & set("/\\\0"):
+            raise InputError(
+                f"a suite's name must be usable as a folder's, got name={self.name!r}."
+            )
+        split_levels(self.model, self.levels)
+        names: set[str] = set()
+        for role in SPLITS:
+            tasks = tuple(getattr(self, f"{role}_tasks"))
+            object.__setattr__(self, f"{role}_tasks", tasks)
+            if not tasks:
+                raise InputError(f"suite {self.name!r} must have {role} tasks, got none.")
+            for task in tasks:
+                if not isinstance(task, Task):
+                    raise InputError(f"{role}_tasks must hold rlhf_ray.Task, got {_kind(task)}.")
+                if task.name in names:
+                    raise InputError(f"task names must be unique, got {task.name!r} twice.")
+                names.add(task.name)
+                check_task(self.model, task)
+
+    def tasks(self) -> Iterator[Task]:
+        """All tasks: train, val, test."""
+        for role in SPLITS:
+            yield from getattr(self, f"{role}_tasks")
+
+    def task(self, name: str) -> Task:
+        """The task of a name.
+
+        Raises:
+            InputError: no such task; names the nearest.
+        """
+        for task in self.tasks():
+            if task.name == name:
+                return task
+        raise unknown_name("task", name, (task.name for task in self.tasks()))
+
+
+def check_task(model: nn.Module, task: Task) -> None:
+    """Runs a model on two examples of a task and holds its targets against its outputs.
+
+    Raises:
+        InputError: the model cannot take x, the loss cannot take (outputs, y), labels out of range.
+    """
+    x, y = task.train
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = call_model(model, map_inputs(lambda value: value[:2], x))
+            if task.loss is F.cross_entropy and not y.is_floating_point():
+                _check_labels(task, outputs)
+            task.loss(outputs, y[:2])
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"task {task.name!r}: model and loss must take its data, got {type(error).__name__}: "
+            f"{reason}"
+        ) from error
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _check_labels(task: Task, outputs: Tensor) -> None:
+    for split in SPLITS:
+        y = task.split(split)[1]
+        if y.dtype not in (torch.int64, torch.uint8):
+            raise InputError(
+                f"task {task.name!r}, {split}: class labels must be int64, got {y.dtype}."
+            )
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= outputs.shape[1]:
+            raise InputError(
+                f"task {task.name!r}, {split}: labels must lie in [0, {outputs.shape[1] - 1}], the "
+                f"model's classes, got labels from {low} to {high}."
+            )

@@ -1,0 +1,102 @@
+"""The training inside a stage: batches from cached activations, optimizer state, divergence."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.operations import OptimizerName, Train
+
+
+def batch_order(
+    n_train: int, steps: int | None, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Indices of the examples of each step: permutations of the split, one after the other.
+
+    Args:
+        n_train: size of the split.
+        steps: number of batches; None: the split once, the last batch possibly smaller.
+        batch_size: B.
+        generator: CPU generator.
+
+    Returns:
+        An iterator over int64 tensors (B,).
+    """
+    if steps is None:
+        return iter(torch.randperm(n_train, generator=generator).split(batch_size))
+    n_drawn = steps * batch_size
+    rounds = [
+        torch.randperm(n_train, generator=generator) for _ in range(math.ceil(n_drawn / n_train))
+    ]
+    return iter(torch.cat(rounds)[:n_drawn].split(batch_size))
+
+
+def make_optimizer(
+    name: OptimizerName, parameters: Mapping[str, nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer:
+    """Adam, or SGD with momentum 0.9, over named parameters."""
+    values = list(parameters.values())
+    if name == "adam":
+        return torch.optim.Adam(values, lr=learning_rate, fused=True)
+    return torch.optim.SGD(values, lr=learning_rate, momentum=0.9, fused=True)
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Gives an optimizer the state that an earlier stage left, as `optimizer_state` named it."""
+    for entry, value in kept.items():
+        slot, name = entry.split("/", 1)
+        if name in parameters:
+            parameter = parameters[name]
+            optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer's state as "<slot>/<parameter name>" -> CPU tensor."""
+    return {
+        f"{slot}/{name}": value.detach().cpu().clone()
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def train_steps(
+    settings: Train,
+    *,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Tensor],
+    forward: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    targets: Tensor,
+) -> Tensor:
+    """Carries out the steps.
+
+    Args:
+        settings: of the operation; the caller has set modes and `requires_grad`.
+        optimizer: over the trained parameters.
+        batches: example indices (B,) of each step.
+        forward: indices -> outputs.
+        loss: (outputs, targets) -> scalar.
+        targets: of the whole split, on the device.
+
+    Returns:
+        The loss of every step, float32 (K,), on the device: reading it is left to the caller, so
+        that steps are not held up by a transfer.
+    """
+    losses = []
+    for batch in batches:
+        index = batch.to(targets.device)
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(forward(index), targets[index])
+        value.backward()
+        optimizer.step()
+        losses.append(value.detach().float())
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses)
