@@ -5,6 +5,7 @@ again here. How the objects are computed stands in `tracing` and `replay`; which
 relied on, in `segments`.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,10 @@ class Packing:
     @property
     def baked(self) -> bool:
         """Whether it holds numbers that stand for sizes of the example it was made from."""
-        return any(type(leaf) in (int, _Multiple, _Blank) for leaf in self.leaves)
+        return any(
+            type(leaf) in (int, _Blank) or (type(leaf) is _Multiple and leaf.factor != 1)
+            for leaf in self.leaves
+        )
 
     def unpack(self, values: Values, batch: int) -> Any:
         """The object, from tensors of `batch` examples."""
@@ -157,16 +161,18 @@ class Boundary:
 
     packings: tuple[Packing, ...]
 
-    def __post_init__(self) -> None:
-        dims = {n: d for p in self.packings for n, d in zip(p.names, p.dims, strict=True)}
-        object.__setattr__(self, "dims", dims)
-        batched = next(((n, d) for n, d in dims.items() if d is not None), None)
-        object.__setattr__(self, "_batched", batched)
-        object.__setattr__(self, "_plain", all(p.spec is None for p in self.packings))
+    @functools.cached_property
+    def dims(self) -> dict[str, int | None]:
+        """Batch dimension of each tensor, by name."""
+        return {n: d for p in self.packings for n, d in zip(p.names, p.dims, strict=True)}
 
-    dims: dict[str, int | None] = None  # type: ignore[assignment]  # made in __post_init__
-    _batched: tuple[str, int] | None = None
-    _plain: bool = False
+    @functools.cached_property
+    def _batched(self) -> tuple[str, int] | None:
+        return next(((name, dim) for name, dim in self.dims.items() if dim is not None), None)
+
+    @functools.cached_property
+    def _plain(self) -> bool:
+        return all(packing.spec is None for packing in self.packings)
 
     @property
     def baked(self) -> bool:

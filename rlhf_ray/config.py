@@ -9,14 +9,15 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_ray.digests import digest
 from rlhf_ray.errors import InputError, unknown_name
-from rlhf_ray.loaded_model import EngineSettings
-from rlhf_ray.observations import Observer, as_groups
-from rlhf_ray.operations import Operation, OptimizerName, default_operations
-from rlhf_ray.process import ProcessSettings, RewardWeights
+
+if TYPE_CHECKING:  # the schema needs no torch: what imports it must not slow --help down
+    from rlhf_ray.loaded_model import EngineSettings
+    from rlhf_ray.observations import Observer
+    from rlhf_ray.operations import Operation
+    from rlhf_ray.process import ProcessSettings, RewardWeights
 
 ALGORITHM_NAMES = ("dqn",)
 """Algorithms that `rlhf_ray.algorithms` builds."""
@@ -26,6 +27,9 @@ SWEPT = ("gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight")
 
 ALWAYS_BASELINES = ("fixed", "full", "full_best", "head", "random")
 """The baselines that every report holds."""
+
+RESERVED_NAMES = ("tree", "pretrained")
+"""Folders under the storage path that are no sweep's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +100,7 @@ class SearchConfig:
     observation: tuple[str, ...] = ("all",)
     steps: int | None = 20
     batch_size: int = 64
-    optimizer: OptimizerName = "adam"
+    optimizer: Literal["adam", "sgd"] = "adam"
     learning_rates: tuple[float, ...] | None = None
     keep_optimizer_state: bool = True
     utility_cost: float = 0.02
@@ -128,8 +132,10 @@ class SearchConfig:
             object.__setattr__(self, name, tuple(given))
         _check(self)
 
-    def operations(self) -> tuple[Operation, ...]:
+    def operations(self) -> "tuple[Operation, ...]":
         """The operations of the search."""
+        from rlhf_ray.operations import default_operations
+
         return default_operations(
             steps=self.steps,
             batch_size=self.batch_size,
@@ -138,8 +144,10 @@ class SearchConfig:
             learning_rates=self.learning_rates,
         )
 
-    def engine_settings(self) -> EngineSettings:
+    def engine_settings(self) -> "EngineSettings":
         """How stages are carried out."""
+        from rlhf_ray.loaded_model import EngineSettings
+
         return EngineSettings(
             device=self.device,
             precision=self.precision,
@@ -147,8 +155,10 @@ class SearchConfig:
             cache_bytes=int(self.cache_gb * 2**30),
         )
 
-    def process_settings(self, weights: RewardWeights | None = None) -> ProcessSettings:
+    def process_settings(self, weights: "RewardWeights | None" = None) -> "ProcessSettings":
         """What an episode is, with the reward weights of one trial."""
+        from rlhf_ray.process import ProcessSettings, RewardWeights
+
         return ProcessSettings(
             horizon=self.horizon,
             performance=self.performance,
@@ -157,8 +167,10 @@ class SearchConfig:
             weights=weights or RewardWeights(),
         )
 
-    def observer(self, tasks: tuple[str, ...]) -> Observer:
+    def observer(self, tasks: tuple[str, ...]) -> "Observer":
         """What policies see; `tasks` are those that a tabular observation tells apart."""
+        from rlhf_ray.observations import Observer
+
         return Observer(groups=as_groups_of(self.observation), tasks=tasks)
 
     def as_json(self) -> dict[str, Any]:
@@ -167,6 +179,8 @@ class SearchConfig:
 
     def digest(self) -> str:
         """Identity of what is computed; where it runs and what it is called do not count."""
+        from rlhf_ray.digests import digest
+
         elsewhere = {
             "storage_path", "name", "address", "num_workers", "cpus_per_worker",
             "gpus_per_worker", "concurrent_trials", "cache_gb", "weights_gb", "baselines",
@@ -177,6 +191,8 @@ class SearchConfig:
 
 def as_groups_of(observation: tuple[str, ...]) -> tuple[str, ...]:
     """Group names of `SearchConfig.observation`."""
+    from rlhf_ray.observations import as_groups
+
     return as_groups(observation[0] if len(observation) == 1 else observation)
 
 
@@ -224,10 +240,22 @@ def _check(config: SearchConfig) -> None:
     for name, kind in typing.get_type_hints(SearchConfig).items():
         if typing.get_origin(kind) is Literal and getattr(config, name) not in kind.__args__:
             raise unknown_name(name, str(getattr(config, name)), kind.__args__)
+    _check_name(config.name)
     if config.algorithm not in ALGORITHM_NAMES:
         raise unknown_name("algorithm", config.algorithm, ALGORITHM_NAMES)
     config.observer(())
     config.operations()
+
+
+def _check_name(name: str | None) -> None:
+    if name is None:
+        return
+    folder = name.isprintable() and not set(name) & set("/\\") and not name.startswith(".")
+    if not (folder and 0 < len(name) <= 100) or name in RESERVED_NAMES:
+        raise InputError(
+            "name must be that of one folder: 1 to 100 printable characters, no slash, no dot "
+            f"first, none of {', '.join(RESERVED_NAMES)}, got name={name!r}."
+        )
 
 
 def _check_swept(name: str, values: tuple[float, ...]) -> None:

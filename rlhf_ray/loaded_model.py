@@ -19,7 +19,7 @@ from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.outcomes import PRETRAINED, LevelState
 from rlhf_ray.segments import SegmentPlan, Values, plan_segments
-from rlhf_ray.tasks import Inputs, Suite, Task, map_inputs, n_examples
+from rlhf_ray.tasks import Inputs, Suite, Task, call_model, map_inputs, n_examples
 
 Load = Callable[[str, int], LevelState]
 """(version, level) -> that level's state as the stage `version` left it."""
@@ -113,16 +113,32 @@ class LoadedModel:
         self.device = settings.torch_device
         self.split = split_levels(suite.model, suite.levels)
         self.model = copy.deepcopy(suite.model).to(self.device).eval().requires_grad_(False)
-        if settings.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        example = map_inputs(lambda value: value[:4], suite.train_tasks[0].train[0])
+        self._channels_last = settings.channels_last and self._takes_channels_last(example)
         self.state = dict(self.model.state_dict(keep_vars=True))
         self._pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
         self._activations = ActivationCache(settings.cache_bytes)
         self._splits: dict[tuple[str, str], SplitData] = {}
-        example = map_inputs(lambda value: value[:4], suite.train_tasks[0].train[0])
         self.plan: SegmentPlan = plan_segments(self.model, self.split, self.place(example))
         self._example_bytes = self._measure(self.place(example))
+
+    def _takes_channels_last(self, example: Inputs) -> bool:
+        """Turns the model to channels-last, and back if its code cannot do with such strides.
+
+        A `view` of a convolution's output is the common case.
+        """
+        if not any(value.dim() == 4 for value in self.model.parameters()):
+            return False
+        self.model.to(memory_format=torch.channels_last)
+        self._channels_last = True
+        try:
+            with torch.no_grad():
+                call_model(self.model, self.place(example))
+        except RuntimeError:
+            self.model.to(memory_format=torch.contiguous_format)
+            return False
+        return True
 
     # -- weights and data ----------------------------------------------------------------------
 
@@ -157,7 +173,7 @@ class LoadedModel:
 
         def place(value: Tensor) -> Tensor:
             value = value.to(self.device)
-            return channels_last(value) if self.settings.channels_last else value
+            return channels_last(value) if self._channels_last else value
 
         return map_inputs(place, inputs)
 

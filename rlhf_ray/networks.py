@@ -8,6 +8,7 @@ Dimensions: B batch, L level, F feature, A action, M ensemble member, H hidden u
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -161,10 +162,9 @@ class LevelQNetworks(nn.Module):
             x = torch.relu(_stacked([encoder[i] for encoder in self.encoders], x))  # pyright: ignore[reportIndexIssue]
         if len(self.encoders) == 1:
             x = x.repeat(len(self.heads), 1, 1)
-        x = _stacked(list(self.heads), x)
-        x = x.view(len(self.heads), n_members, batch, -1)
-        own = x[level_B, :, torch.arange(batch, device=x.device)].transpose(0, 1)
-        return _q_values(own, self.settings)
+        x = _stacked(list(self.heads), x).view(len(self.heads), n_members, batch, -1)
+        index_1MBA = level_B.view(1, 1, -1, 1).expand(1, n_members, batch, x.shape[-1])
+        return _q_values(x.gather(0, index_1MBA)[0], self.settings)
 
 
 def pessimistic(values_MBA: Tensor, pessimism: float) -> Tensor:
@@ -188,6 +188,8 @@ def _q_values(out: Tensor, settings: NetworkSettings) -> Tensor:
 
 
 def _stacked(layers: list[Any], x: Tensor) -> Tensor:
+    if len(layers) == 1:
+        return torch.baddbmm(layers[0].bias, x, layers[0].weight)
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     return torch.baddbmm(bias, x, weight)
@@ -197,8 +199,7 @@ def _encoder(settings: NetworkSettings, seed: int, index: int) -> nn.ModuleList:
     generator = torch.Generator().manual_seed(derive_seed(seed, "encoder", index))
     sizes = (settings.n_features, *settings.hidden)
     return nn.ModuleList(
-        MemberLinear(settings.n_members, n_in, n_out, generator)
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        MemberLinear(settings.n_members, n_in, n_out, generator) for n_in, n_out in pairwise(sizes)
     )
 
 

@@ -6,8 +6,8 @@ cached below the trained levels, optimizer state and the FLOP account are the se
 """
 
 import abc
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -88,6 +88,7 @@ class Train(Operation):
         batch_size: examples per step, >= 1.
         optimizer: "adam" or "sgd" (momentum 0.9).
         keep_optimizer_state: go on with the state of the level's last stage, or start it anew.
+        level_scales: factor on the learning rate per trained level, ascending; None: 1 for all.
     """
 
     learning_rate: float
@@ -96,6 +97,7 @@ class Train(Operation):
     batch_size: int = 64
     optimizer: OptimizerName = "adam"
     keep_optimizer_state: bool = True
+    level_scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
@@ -117,9 +119,12 @@ class Train(Operation):
         return n_train if self.steps is None else self.steps * self.batch_size
 
     def settings(self) -> dict[str, Any]:
-        """All fields but name and scope."""
+        """All fields but name, scope and absent scales."""
         # Which levels are trained stands in the path: "up" at the bottom is "all", and shares it.
-        return {key: value for key, value in Operation.settings(self).items() if key != "scope"}
+        found = {key: value for key, value in Operation.settings(self).items() if key != "scope"}
+        if self.level_scales is None:
+            del found["level_scales"]
+        return found
 
     def run(self, session: StageSession) -> None:
         """Trains the session's levels."""
@@ -205,4 +210,28 @@ def default_operations(
         train("train_all", middle, "all"),
         Skip(),
         Stop(),
+    )
+
+
+def operation_as_json(operation: Operation) -> dict[str, Any]:
+    """An operation as plain data, for policies on disk."""
+    return {"kind": type(operation).__name__, **asdict(operation)}
+
+
+def operations_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Operation, ...]:
+    """Reads what `operation_as_json` gave, for the operations of this module.
+
+    Raises:
+        InputError: an operation of the user's own, which only the user's code can make.
+    """
+    kinds: dict[str, type[Operation]] = {kind.__name__: kind for kind in (Train, Skip, Stop)}
+    for entry in data:
+        if entry["kind"] not in kinds:
+            raise InputError(
+                f"the operation {entry['name']!r} must be one of this package's, got kind="
+                f"{entry['kind']!r}. Pass the operations it was learned with as operations=."
+            )
+    return tuple(
+        kinds[entry["kind"]](**{key: v for key, v in entry.items() if key != "kind"})
+        for entry in data
     )

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from rlhf_ray.digests import digest
@@ -159,16 +158,3 @@ class LevelState:
         """Memory the tensors take."""
         tensors = [*self.weights.values(), *self.optimizer.values()]
         return sum(value.numel() * value.element_size() for value in tensors)
-
-
-def library_versions() -> dict[str, str]:
-    """What outcomes and policies record about the software beside them."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"torch": torch.__version__}
-    for package in ("rlhf_ray", "ray", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -40,9 +40,14 @@ class Replay:
         self.n_levels = split.n_levels
         self._call = call
         self._n_inputs = len(inputs)
-        names = [(level, name) for level, ns in enumerate(split.modules) for name in ns]
-        self._keys = [name for _, name in names]
-        self._levels = [level for level, _ in names]
+        called = [
+            (level, key)
+            for level, names in enumerate(split.modules)
+            for name in names
+            for key in _called(model, name)
+        ]
+        self._keys = [key for _, key in called]
+        self._levels = [level for level, _ in called]
         self._modules = [model.get_submodule(name) for name in self._keys]
         self._changed: set[int] = set()
         self._calls: list[int] = []
@@ -157,7 +162,9 @@ class Replay:
             return "no module of a level below it is called"
         above = [self._calls.index(i) for i in self._calls if self._levels[i] >= boundary]
         if above and max(map(self._calls.index, below)) > min(above):
-            return f"module {self._keys[self._calls[min(above)]]!r} is called before levels below it"
+            return (
+                f"module {self._keys[self._calls[min(above)]]!r} is called before levels below it"
+            )
         weights = dict(model.named_parameters(remove_duplicate=False))
         later = [weights[name] for names in split.parameters[boundary:] for name in names]
         roots = [t for i in below for t in _tensors(record[i]) if t.requires_grad]
@@ -184,6 +191,16 @@ class Replay:
             i for i in below
             if all(t.requires_grad for t in leaves[i]) and not _depend(roots, leaves[i])
         }  # fmt: skip
+
+
+def _called(model: nn.Module, name: str) -> list[str]:
+    """The modules to record for a level's module: lists are not called, what they hold is."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return [name]
+    return [
+        key for child, _ in module.named_children() for key in _called(model, f"{name}.{child}")
+    ]
 
 
 def _tensors(thing: Any) -> list[Tensor]:

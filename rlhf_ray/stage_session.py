@@ -68,7 +68,9 @@ class Session:
                 return loaded.plan.output(take(index), boundary)
 
         with _training(loaded.model, self._modules(), parameters):
-            optimizer = make_optimizer(settings.optimizer, parameters, settings.learning_rate)
+            optimizer = make_optimizer(
+                settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
+            )
             if settings.keep_optimizer_state:
                 load_optimizer_state(optimizer, parameters, self._earlier(settings.optimizer))
             losses = train_steps(
@@ -132,6 +134,14 @@ class Session:
                 if state.optimizer_name == optimizer:
                     kept.update(state.optimizer)
         return kept
+
+    def _scales(self, settings: Train) -> dict[str, float] | None:
+        """Factor on the learning rate of each parameter, from those of the levels."""
+        if settings.level_scales is None:
+            return None
+        names = self._loaded.split.parameters
+        scales = zip(self.levels, settings.level_scales, strict=True)
+        return {name: scale for level, scale in scales for name in names[level]}
 
     def _modules(self) -> list[nn.Module]:
         names = [name for level in self.levels for name in self._loaded.split.modules[level]]

@@ -6,9 +6,9 @@ whole or absent, and the first committed outcome of a key stands. That two of th
 one stage at the same time is left to `workers`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Protocol
+import json
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,12 +17,17 @@ from rlhf_ray.outcomes import Identity, LevelState, Outcome, StageRequest
 from rlhf_ray.tally import Answer
 from rlhf_ray.tree_store import StateCache, TreeStore
 
+T = TypeVar("T")
+
 LoadState = Callable[[str, int], LevelState]
 """(version, level) -> the level's state as that stage left it."""
 
 
-class Engine(Protocol):
-    """Runs single stages of one suite; implemented by `rlhf_ray.stages`. Not thread-safe."""
+class StageEngine(Protocol):
+    """Runs single stages of one suite, as `rlhf_ray.stages.Engine` does.
+
+    Neither thread-safe nor re-entrant; an exception from `load` must leave it usable.
+    """
 
     identity: Identity
 
@@ -73,11 +78,24 @@ def start_of(request: StageRequest) -> StageRequest | None:
     return request.parent() if request.path else None
 
 
+def episode_of(request: StageRequest, namespace: str) -> str:
+    """Names an unshared episode: one at a time per namespace, task and replica."""
+    return json.dumps([namespace, request.task, request.replica])
+
+
 def describe(request: StageRequest) -> str:
     """A request in one line, for messages."""
     steps = [f"{step.operation.name}@{','.join(map(str, step.levels))}" for step in request.path]
     where = f"task {request.task!r}, replica {request.replica}"
     return f"{request.kind} [{' > '.join(steps) or 'start'}] of {where}"
+
+
+def not_in_tree(request: StageRequest) -> StageError:
+    """The error of a request that only the tree may answer, and cannot."""
+    return StageError(
+        f"every stage must be in the tree when replaying, got {describe(request)}, which is not. "
+        "Run without replay_only to carry it out."
+    )
 
 
 class LocalStages:
@@ -87,15 +105,15 @@ class LocalStages:
         engine: runs what is not known.
         store: where outcomes and weights are kept; None: in memory only.
         share: False: every request is carried out. Only the states it starts from are known from
-            the requests before it in its namespace (an episode after another), and nothing is
-            stored. Random draws, and so the outcomes, are those of a shared tree.
+            the requests before it of its episode, and nothing is stored.
+            Random draws, and so the outcomes, are those of a shared tree.
         replay_only: refuse what is not in the tree instead of carrying it out.
         memory_bytes: limit of level states kept in memory.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: StageEngine,
         store: TreeStore | None = None,
         *,
         share: bool = True,
@@ -119,14 +137,15 @@ class LocalStages:
 
         Args:
             request: the state asked for.
-            namespace: unshared only: requests of one namespace follow one another along a path.
+            namespace: unshared only: names whoever follows one episode after another per task and
+                replica.
 
         Raises:
             StageError: the engine raised, or the stage is not in the tree with `replay_only`.
         """
         if not self.share:
-            self._forget_all_but_start(request, namespace)
-        return self._call(namespace).answer(request)
+            self._forget_all_but_start(request, episode_of(request, namespace))
+        return self._call(request, namespace).answer(request)
 
     def outcomes(self, requests: Sequence[StageRequest], namespace: str = "") -> list[Answer]:
         """Answers several requests, in their order."""
@@ -134,17 +153,17 @@ class LocalStages:
 
     def state_dict(self, request: StageRequest, namespace: str = "") -> dict[str, Tensor]:
         """The whole model in a state; carries out what is missing."""
-        call = self._call(namespace)
+        call = self._call(request, namespace)
         state = call.ensure(request.as_kind("stage"))
-        return call.guarded(request, partial(self.engine.state_dict, state, call.load_for(request)))
+        return call.engine_does(request, lambda load: self.engine.state_dict(state, load))
 
-    def _call(self, namespace: str) -> "_Call":
-        space = "" if self.share else namespace
+    def _call(self, request: StageRequest, namespace: str) -> "_Call":
+        space = "" if self.share else episode_of(request, namespace)
         known = self._known.setdefault(space, {})
         return _Call(self, known, space)
 
-    def _forget_all_but_start(self, request: StageRequest, namespace: str) -> None:
-        known = self._known.pop(namespace, {})
+    def _forget_all_but_start(self, request: StageRequest, episode: str) -> None:
+        known = self._known.pop(episode, {})
         kept: dict[str, Outcome] = {}
         start = start_of(request)
         while start is not None:
@@ -152,10 +171,18 @@ class LocalStages:
             if key in known:
                 kept[key] = known[key]
             start = start_of(start)
-        self._known[namespace] = kept
-        self.states.keep(namespace, kept)
-        while len(self._known) > 1000:  # namespaces that have ended; oldest use first
+        self._known[episode] = kept
+        self.states.keep(episode, kept)
+        while len(self._known) > 1000:  # the episode used longest ago
             self._known.pop(next(iter(self._known)))
+
+
+class _Missing(Exception):
+    """A version's weights are gone. Ends the engine's call: it cannot recompute them inside it."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(version)
+        self.version = version
 
 
 class _Call:
@@ -169,7 +196,7 @@ class _Call:
         self._space = space
         self._executed: set[str] = set()
         self._carried_out: list[str] = []
-        self._recomputed = 0
+        self._recomputed: dict[str, dict[int, LevelState]] = {}
         self._spent_s = 0.0
 
     def answer(self, request: StageRequest) -> Answer:
@@ -178,7 +205,7 @@ class _Call:
             outcome=outcome,
             executed=outcome.key in self._executed,
             carried_out=tuple(self._carried_out),
-            recomputed=self._recomputed,
+            recomputed=len(self._recomputed),
             spent_s=self._spent_s,
         )
 
@@ -189,10 +216,7 @@ class _Call:
         if known is not None:
             return known
         if self._stages.replay_only:
-            raise StageError(
-                f"every stage must be in the tree when replaying, got {describe(request)}, which "
-                "is not. Carry it out first (run without replay_only)."
-            )
+            raise not_in_tree(request)
         outcome, states = self._run(request)
         self._executed.add(key)
         if request.kind == "stage" and request.path:
@@ -202,56 +226,57 @@ class _Call:
             return outcome
         return self._store.put(outcome, states)
 
-    def load_for(self, request: StageRequest) -> LoadState:
-        """How the engine gets at the level states on a request's path."""
-        return partial(self._load, request)
+    def engine_does(self, request: StageRequest, function: Callable[[LoadState], T]) -> T:
+        """Calls the engine; recomputes what it misses; what it raises becomes a `StageError`."""
+        while True:
+            try:
+                return function(self._load)
+            except _Missing as error:
+                missing = error.version
+            except RlhfRayError:
+                raise
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise StageError(
+                    f"a stage must run, got {describe(request)} failing with "
+                    f"{type(error).__name__}: {reason}"
+                ) from error
+            self._recompute(request, missing)
 
-    def guarded[T](self, request: StageRequest, function: Callable[[], T]) -> T:
-        """Runs a function of the engine; whatever it raises becomes a `StageError`."""
-        try:
-            return function()
-        except RlhfRayError:
-            raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise StageError(
-                f"a stage must run, got {describe(request)} failing with "
-                f"{type(error).__name__}: {reason}"
-            ) from error
-    
     def _run(self, request: StageRequest) -> tuple[Outcome, dict[int, LevelState]]:
         start = start_of(request)
         state = None if start is None else self.ensure(start)
-        outcome, states = self.guarded(request, partial(self._engine_run, request, state))
+
+        def run(load: LoadState) -> tuple[Outcome, dict[int, LevelState]]:
+            if state is None:
+                return self._engine.start(request), {}
+            if request.kind == "test":
+                return self._engine.test(request, state, load), {}
+            return self._engine.run(request, state, load)
+
+        outcome, states = self.engine_does(request, run)
         self._spent_s += outcome.time_s
-        self._remember(outcome.key, states)
+        self._stages.states.put(self._space, outcome.key, states)
         return outcome, states
 
-    def _engine_run(
-        self, request: StageRequest, state: Outcome | None
-    ) -> tuple[Outcome, dict[int, LevelState]]:
-        if state is None:
-            return self._engine.start(request), {}
-        if request.kind == "test":
-            return self._engine.test(request, state, self.load_for(request)), {}
-        return self._engine.run(request, state, self.load_for(request))
-
-    def _load(self, request: StageRequest, version: str, level: int) -> LevelState:
+    def _load(self, version: str, level: int) -> LevelState:
         kept = self._stages.states.get(self._space, version, level)
         if kept is not None:
             return kept
-        states = None if self._store is None else self._store.states(version)
+        states = self._recomputed.get(version)
+        if states is None and self._store is not None:
+            states = self._store.states(version)
         if states is None:
-            states = self._recompute(request, version)
-        self._remember(version, states)
+            raise _Missing(version)
         if level not in states:
             raise StageError(
-                f"a version must hold the levels its stage changed, got {version[:12]} without "
-                f"level {level}."
+                f"a version must hold the levels that its stage changed, got {version[:12]} "
+                f"without level {level}."
             )
+        self._stages.states.put(self._space, version, states)
         return states[level]
 
-    def _recompute(self, request: StageRequest, version: str) -> dict[int, LevelState]:
+    def _recompute(self, request: StageRequest, version: str) -> None:
         """Runs a stage of the path again for its weights; its committed outcome stands."""
         stage = request.as_kind("stage")
         while self._engine.identity.key(stage) != version:
@@ -262,10 +287,6 @@ class _Call:
                 )
             stage = stage.parent()
         _, states = self._run(stage)
-        self._recomputed += 1
+        self._recomputed[version] = states  # held to the call's end, whatever the caches do
         if self._store is not None:
             self._store.put_states(version, states)
-        return states
-
-    def _remember(self, version: str, states: Mapping[int, LevelState]) -> None:
-        self._stages.states.put(self._space, version, states)

@@ -22,8 +22,8 @@ from rlhf_ray.outcomes import (
     LevelState,
     Outcome,
     StageRequest,
-    library_versions,
 )
+from rlhf_ray.provenance import library_versions
 from rlhf_ray.segments import SegmentPlan
 from rlhf_ray.stage_session import Session
 from rlhf_ray.tasks import Metric, Suite, Task, input_tensors, n_examples
@@ -47,16 +47,23 @@ class Engine:
     Args:
         suite: its model is copied, not touched.
         settings: see `EngineSettings`.
+        source_moments: activation moments on the source data, where the suite holds none of it.
     """
 
-    def __init__(self, suite: Suite, settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        settings: EngineSettings | None = None,
+        *,
+        source_moments: Moments | None = None,
+    ) -> None:
         self.settings = settings or EngineSettings()
         self.identity = suite_identity(suite, self.settings)
         self.n_levels = len(self.identity.levels)
         self._suite = suite
         self._loaded = LoadedModel(suite, self.settings)
         self._flop_models: dict[tuple[object, ...], FlopModel] = {}
-        self._source: Moments | None = None
+        self._source = source_moments
 
     @property
     def plan(self) -> SegmentPlan:
@@ -87,7 +94,7 @@ class Engine:
             versions=pretrained,
             descriptors={
                 "gradient_norm": gradient,
-                **activation_shift(moments(), self._source_moments()),
+                **activation_shift(moments(), self.source_moments()),
             },
             meta=self._meta(),
         )
@@ -189,8 +196,13 @@ class Engine:
         flops = self._flop_model(task)
         if not request.path:
             return start_flops(flops, n_val, n_probe=min(self.settings.probe_size, n_train))
-        history = [(step.levels, step.operation.examples_drawn(n_train)) for step in request.path]
-        return stage_flops(flops, history, n_train=n_train, n_val=n_val)
+        return stage_flops(
+            flops,
+            [step.levels for step in request.path],
+            n_train=n_train,
+            n_val=n_val,
+            n_drawn=[step.operation.examples_drawn(n_train) for step in request.path],
+        )
 
     def _gradient_probe(self, task: Task) -> tuple[tuple[float, ...], float]:
         train = self._loaded.data(task, "train")
@@ -207,9 +219,10 @@ class Engine:
                 ),
             )
 
-    def _source_moments(self) -> Moments | None:
-        """Activation moments on the source data; the model is in its pretrained state."""
+    def source_moments(self) -> Moments | None:
+        """Activation moments of the pretrained model on the source data; None without any."""
         if self._suite.source is not None and self._source is None:
+            self._loaded.load((PRETRAINED,) * self.n_levels, load=None)
             values = self.plan.start(self._loaded.place(self._suite.source))
             with level_moments(self._loaded.model, self._loaded.split) as moments, torch.no_grad():
                 self.plan.output(values, 0)

@@ -196,8 +196,8 @@ class Storage:
         return f"{self._root.rstrip('/')}/{_checked(name)}"
 
     def _error(self, what: str, name: str, error: OSError) -> StorageError:
-        lines = str(error).splitlines() or [type(error).__name__]
-        return StorageError(f"{name!r} must be {what} under {self.shown!r}, got: {lines[0]}.")
+        reason = _first_line(error)
+        return StorageError(f"{name!r} must be {what} under {self.shown!r}, got: {reason}.")
 
 
 def open_storage(location: str | Path, *, check: bool = False) -> Storage:
@@ -220,10 +220,12 @@ def open_storage(location: str | Path, *, check: bool = False) -> Storage:
         else:
             filesystem, root = fs.LocalFileSystem(), Path(text).expanduser().absolute().as_posix()
     except (pa.ArrowException, OSError, ValueError) as error:
+        # pyarrow's reason may quote keys: given only where the URI holds nothing to hide
+        reason = f" ({_first_line(error)})" if shown == text else ""
         raise InputError(
             "the storage path must be a folder or a URI that pyarrow.fs takes (s3://bucket/folder, "
-            f"gs://bucket/folder), got {shown!r}."
-        ) from error
+            f"gs://bucket/folder), got {shown!r}{reason}."
+        ) from (error if shown == text else None)
     storage = Storage(filesystem, root, shown if "://" in text else root)
     if check:
         storage.check()
@@ -238,6 +240,10 @@ def _checked(name: str) -> str:
             f"got name={name!r}."
         )
     return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _without_secrets(uri: str) -> str:

@@ -4,11 +4,16 @@ Clients keep tallies; those of several processes are merged. A stage counts as s
 path: evaluations of the start and test reports enter the seconds only.
 """
 
+import copy
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.outcomes import Outcome, StageRequest
+
+if TYPE_CHECKING:
+    from rlhf_ray.stage_tree import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +112,38 @@ class Tally:
             "seconds_spent": self.spent_s,
             "seconds_saved": self.saved_s,
         }
+
+
+class TalliedStages:
+    """A provider of stages that keeps a tally of what goes through it. Thread-safe.
+
+    Args:
+        stages: who answers.
+        tally: where it is counted.
+        namespace: which requests follow one another along a path (see `LocalStages.outcome`).
+    """
+
+    def __init__(self, stages: "Stages", tally: Tally, namespace: str = "") -> None:
+        self._stages = stages
+        self._namespace = namespace
+        self._lock = threading.Lock()
+        self.tally = tally
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def within(self, name: str) -> "TalliedStages":
+        """The same provider and tally, in a namespace inside this one's."""
+        inner = copy.copy(self)
+        inner._namespace = f"{self._namespace}/{name}"
+        return inner
+
+    def outcome(self, request: StageRequest) -> Answer:
+        """Answers one request and counts it."""
+        answer = self._stages.outcome(request, self._namespace)
+        with self._lock:
+            self.tally.add(request, answer)
+        return answer

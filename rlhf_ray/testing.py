@@ -182,7 +182,7 @@ def score(problem: Problem, decide: Decide) -> float:
 
 def _evaluate(problem: Problem, choose: Callable[[np.ndarray, int, int, int], float]) -> float:
     """Backward induction; `choose` makes a state's value out of the values of its actions."""
-    n_states, n_levels, n_operations = problem.reward.shape
+    n_states, n_levels, _ = problem.reward.shape
     following = np.zeros((n_states, n_levels))
     for step in reversed(range(problem.horizon)):
         present = np.zeros_like(following)
@@ -223,13 +223,13 @@ def _environment_class() -> type:
 
         def reset(
             self, *, seed: int | None = None, options: dict[str, Any] | None = None
-        ) -> tuple[dict[str, Any], dict[str, Any]]:
+        ) -> tuple[Any, Any]:
             self._episode = (options or {}).get("episode", self._episode + 1)
             self._state, self._level = self.problem.start(self.seed_of_starts, self._episode)
             self._step = 0
             return self._observation(), {}
 
-        def step(self, action_dict: dict[str, int]) -> tuple[dict[str, Any], ...]:
+        def step(self, action_dict: Any) -> tuple[Any, Any, Any, Any, Any]:
             problem, name = self.problem, self.problem.levels[self._level]
             operation, following = divmod(int(action_dict[name]), len(problem.levels))
             here = (self._state, self._level, operation)

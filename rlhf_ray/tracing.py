@@ -21,6 +21,8 @@ from rlhf_ray.tasks import Inputs
 class _Tracer(fx.Tracer):
     """Goes into a module only if a level module lies inside it."""
 
+    proxy_buffer_attributes = True  # else `self.position[: x.shape[1]]` cannot be traced
+
     def __init__(self, opened: set[nn.Module]) -> None:
         super().__init__()
         self._opened = opened
@@ -55,15 +57,19 @@ class Traced:
     def __init__(self, model: nn.Module, split: LevelSplit, example: Inputs) -> None:
         self.n_levels = split.n_levels
         arguments = _bind(model, example)
-        with _constants_removed(model) as constants:
-            graph = _trace(model, split, arguments)
-            self._objects = {
-                node: _Fetch(*_owner(model, str(node.target), constants))
-                if node.op == "get_attr"
-                else model.get_submodule(str(node.target))
-                for node in graph.nodes
-                if node.op in ("get_attr", "call_module")
-            }
+        before = set(vars(model))
+        try:
+            with weights_require_grad(model):
+                graph = _trace(model, split, arguments)
+        finally:
+            constants = _take_constants(model, before)
+        self._objects = {
+            node: _fetch(model, str(node.target), constants)
+            if node.op == "get_attr"
+            else model.get_submodule(str(node.target))
+            for node in graph.nodes
+            if node.op in ("get_attr", "call_module")
+        }
         placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
         stages = self._stages(model, split, graph)
         self._body = [(n, s) for n, s in stages.items() if n.op not in ("placeholder", "output")]
@@ -89,9 +95,7 @@ class Traced:
             function = self._functions[start, stop] = self._compile(start, stop)
         return function(*things)
 
-    def _stages(
-        self, model: nn.Module, split: LevelSplit, graph: fx.Graph
-    ) -> dict[fx.Node, int]:
+    def _stages(self, model: nn.Module, split: LevelSplit, graph: fx.Graph) -> dict[fx.Node, int]:
         level_of = _members(model, split)
         stages: dict[fx.Node, int] = {}
         for node in graph.nodes:
@@ -158,9 +162,7 @@ def _trace(model: nn.Module, split: LevelSplit, arguments: dict[str, Tensor]) ->
         reason = (str(error).splitlines() or [""])[0]
         raise UncacheableError(f"its code cannot be traced ({reason})") from error
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        if inspect.signature(model.forward).parameters.get(str(node.target)) is None or (
-            str(node.target) not in arguments
-        ):
+        if str(node.target) not in arguments:
             _erase(graph, node)
     return graph
 
@@ -172,32 +174,23 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-@contextlib.contextmanager
-def _constants_removed(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Takes the tensors that fx hangs on the model off again; yields them by name.
+def _take_constants(model: nn.Module, before: set[str]) -> dict[str, Any]:
+    """Takes the tensors that fx hung on the model off again; gives them by name.
 
-    Tracing with all weights requiring gradients shows which tensors were computed from weights at
-    the time of tracing: they would not follow the weights, nor pass gradients on to them.
+    Tracing with all weights requiring gradients shows which of them were computed from weights:
+    they would not follow the weights, nor pass gradients on to them.
     """
-    constants: dict[str, Any] = {}
-    before = set(vars(model))
-    with weights_require_grad(model):
-        try:
-            yield constants
-        finally:
-            for name in set(vars(model)) - before:
-                vars(model).pop(name)
+    constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
     if any(isinstance(value, Tensor) and value.requires_grad for value in constants.values()):
         raise UncacheableError("its code computes with weights outside their modules")
+    return constants
 
 
-def _owner(model: nn.Module, target: str, constants: dict[str, Any]) -> tuple[Any, str]:
+def _fetch(model: nn.Module, target: str, constants: dict[str, Any]) -> _Fetch:
+    if target in constants:
+        return _Fetch(SimpleNamespace(value=constants[target]), "value")
     path, _, name = target.rpartition(".")
-    owner = model.get_submodule(path)
-    if name in vars(owner):  # no parameter or buffer: a tensor that fx found in the code
-        constants[target] = getattr(owner, name)
-        return SimpleNamespace(value=constants[target]), "value"
-    return owner, name
+    return _Fetch(model.get_submodule(path), name)
 
 
 def _members(model: nn.Module, split: LevelSplit) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,25 @@ def batch_order(
 
 
 def make_optimizer(
-    name: OptimizerName, parameters: Mapping[str, nn.Parameter], learning_rate: float
+    name: OptimizerName,
+    parameters: Mapping[str, nn.Parameter],
+    learning_rate: float,
+    scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Adam, or SGD with momentum 0.9, over named parameters."""
-    values = list(parameters.values())
+    """Adam, or SGD with momentum 0.9, over named parameters.
+
+    Args:
+        name: "adam" or "sgd".
+        parameters: what is trained.
+        learning_rate: step size.
+        scales: parameter name -> factor on its step size; None: 1 for all.
+    """
+    values: list[Any] = list(parameters.values())
+    if scales is not None:
+        values = [
+            {"params": [parameter], "lr": learning_rate * scales[name]}
+            for name, parameter in parameters.items()
+        ]
     if name == "adam":
         return torch.optim.Adam(values, lr=learning_rate, fused=True)
     return torch.optim.SGD(values, lr=learning_rate, momentum=0.9, fused=True)

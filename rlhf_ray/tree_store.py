@@ -224,11 +224,11 @@ def _parse_states(data: bytes, version: str) -> dict[int, LevelState] | None:
         metadata: dict[str, str] = json.loads(data[8 : 8 + n_header])["__metadata__"]
         tensors = load(data)
         sha256 = metadata.pop("sha256")
-        optimizers: dict[str, str] = json.loads(metadata["optimizers"])
-    except Exception:  # safetensors raises its own SafetensorError, a plain Exception
+        if metadata["version"] != version or sha256 != _states_sha256(tensors, metadata):
+            return None
+    except Exception:  # a cut file fails in many ways; SafetensorError is a plain Exception
         return None
-    if metadata["version"] != version or sha256 != _states_sha256(tensors, metadata):
-        return None
+    optimizers: dict[str, str] = json.loads(metadata["optimizers"])
     return {
         int(level): LevelState(
             weights=_under(f"{level}/w/", tensors),
@@ -248,5 +248,5 @@ def _states_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -
     for name in sorted(tensors):
         value = tensors[name]
         sha.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        sha.update(value.reshape(-1).view(torch.uint8).numpy())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

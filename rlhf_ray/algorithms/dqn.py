@@ -15,10 +15,10 @@ Stock DQN counts cheap steps (1,000 per iteration, a target update every 500); a
 fine-tuning stage, so everything is counted in episodes and updates instead.
 """
 
-import copy
 import logging
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,16 +26,16 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms.dqn.dqn import DQN, DQNConfig
-from ray.rllib.core import ALL_MODULES, COMPONENT_RL_MODULE
-from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from rlhf_ray.algorithms import AlgorithmSettings, network_settings
 from rlhf_ray.algorithms.env_runner import EnvFactory, NumberedEpisodesRunner
-from rlhf_ray.algorithms.handover import ReplayBuffer, Transitions, flatten, td_loss
-from rlhf_ray.algorithms.modules import LevelsModule, level_of_agent, levels_spec
+from rlhf_ray.algorithms.handover import ReplayBuffer, flatten
+from rlhf_ray.algorithms.learner import HandoverLearner
+from rlhf_ray.algorithms.modules import level_of_agent, levels_spec
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError, RlhfRayError, unknown_name
 
@@ -46,12 +46,14 @@ COUNTS = "rlhf_ray_counts"
 """Key of the trial's counts in an algorithm's state."""
 
 OURS = {
-    "adam_epsilon", "batch_mode", "burn_in_len", "categorical_distribution_temperature", "dueling",
-    "double_q", "env", "env_config", "epsilon", "gamma", "hiddens", "levels", "lr", "n_step",
-    "noisy", "num_atoms", "num_env_runners", "num_envs_per_env_runner", "num_learners",
-    "num_steps_sampled_before_learning_starts", "policies", "replay_buffer_config",
-    "rollout_fragment_length", "seed", "settings", "sigma0", "target_network_update_freq", "tau",
-    "train_batch_size", "training_intensity", "v_max", "v_min",
+    "adam_epsilon", "batch_mode", "burn_in_len", "categorical_distribution_temperature",
+    "double_q", "dueling", "env", "env_config", "env_runner_cls", "epsilon", "exploration_config",
+    "gamma", "grad_clip_by", "hiddens", "learner_class", "levels", "lr", "lr_schedule",
+    "minibatch_size", "n_step", "noisy", "num_atoms", "num_env_runners", "num_envs_per_env_runner",
+    "num_epochs", "num_learners", "num_steps_sampled_before_learning_starts", "policies",
+    "policy_mapping_fn", "replay_buffer_config", "rollout_fragment_length", "seed", "settings",
+    "shuffle_batch_per_epoch", "sigma0", "target_network_update_freq", "tau", "train_batch_size",
+    "train_batch_size_per_learner", "training_intensity", "v_max", "v_min",
 }  # fmt: skip
 """RLlib settings that this algorithm replaces by its own or does not read."""
 
@@ -65,79 +67,14 @@ class HandoverDQNConfig(DQNConfig):
         self.levels: tuple[str, ...] = ()
 
 
-class HandoverLearner(TorchLearner):
-    """Holds the networks, their target copies and one optimizer over all levels."""
-
-    def build(self) -> None:
-        """Builds modules and optimizer, and copies the networks."""
-        torch.set_num_threads(1)
-        super().build()
-        self.target = copy.deepcopy(self.networks).requires_grad_(False)
-
-    @property
-    def networks(self) -> Any:
-        """The `LevelQNetworks` that learn."""
-        assert isinstance(self.module, LevelsModule)
-        return self.module.networks
-
-    def configure_optimizers(self) -> None:
-        """One Adam: a shared encoder must not be stepped once per level."""
-        parameters = list(self.networks.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=self.config.settings.learning_rate, fused=True)
-        self.register_optimizer(
-            module_id=ALL_MODULES, optimizer=optimizer, params=parameters, lr_or_lr_schedule=None
-        )
-
-    def compute_loss_for_module(
-        self, *, module_id: str, config: Any, batch: Any, fwd_out: dict[str, Any]
-    ) -> Any:
-        """The loss over all levels' transitions at once (`module_id` is ALL_MODULES)."""
-        return td_loss(
-            batch,
-            self.networks,
-            self.target,
-            gamma=config.settings.gamma,
-            double_q=config.settings.double_q,
-            huber=config.td_error_loss_fn == "huber",
-        )
-
-    def update_on(
-        self, batches: Iterable[Transitions], *, learning_rate: float
-    ) -> dict[str, float]:
-        """One gradient step and one step of the target networks per batch.
-
-        RLlib's `update` takes 10 to 25 ms per batch here, nearly all of it conversion and metrics.
-
-        Args:
-            batches: the batches, in order.
-            learning_rate: Adam's.
-
-        Returns:
-            Means over the batches: `loss`, `td_error`, `q_value`.
-        """
-        (optimizer,) = self._named_optimizers.values()
-        optimizer.param_groups[0]["lr"] = learning_rate
-        online, target = list(self.networks.parameters()), list(self.target.parameters())
-        logged: list[torch.Tensor] = []
-        for batch in batches:
-            result = self.compute_loss_for_module(
-                module_id=ALL_MODULES, config=self.config, batch=batch, fwd_out={}
-            )
-            optimizer.zero_grad(set_to_none=True)
-            result.loss.backward()
-            if self.config.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(online, self.config.grad_clip)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(target, online, self.config.settings.tau)
-            logged.append(torch.stack((result.loss.detach(), result.td_error, result.q_value)))
-        self._weights_seq_no += 1
-        means = torch.stack(logged).mean(dim=0).tolist()
-        return dict(zip(("loss", "td_error", "q_value"), means, strict=True))
-
-
 class HandoverDQN(DQN):
     """The algorithm; see the module."""
+
+    # RLlib declares its general classes, and most of them optional
+    config: Any  # a HandoverDQNConfig
+    env_runner_group: Any
+    learner_group: Any
+    local_replay_buffer: Any  # a ReplayBuffer
 
     @classmethod
     def get_default_config(cls) -> HandoverDQNConfig:
@@ -150,12 +87,20 @@ class HandoverDQN(DQN):
         self._metrics_of_iteration: dict[str, Any] = {}
         super().setup(config)
 
+    def _setup_logdir(self) -> None:
+        if self._storage:
+            super()._setup_logdir()
+            return
+        # outside of Tune, RLlib would leave a directory in the user's home for every algorithm
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlhf_ray_")
+        self._logdir = self._scratch.name
+
     def _create_local_replay_buffer_if_necessary(self, config: Any) -> Any:
         return ReplayBuffer(derive_seed(config.settings.seed, "replay"))
 
     @property
     def _settings(self) -> AlgorithmSettings:
-        return self.config.settings  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        return self.config.settings
 
     def training_step(self) -> None:
         """Plays, stores, updates, sends the weights."""
@@ -165,7 +110,8 @@ class HandoverDQN(DQN):
         episodes = self._play(first, first + settings.episodes_per_iteration)
         played = time.perf_counter()
         n_steps = sum(len(episode) for episode in episodes)
-        learned = self._learn(episodes, n_updates=max(1, round(settings.updates_per_step * n_steps)))
+        n_updates = max(1, round(settings.updates_per_step * n_steps))
+        learned = self._learn(episodes, n_updates)
         counts["episodes"] += len(episodes)
         counts["environment_steps"] += n_steps
         self._metrics_of_iteration = {
@@ -178,9 +124,7 @@ class HandoverDQN(DQN):
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, n_steps, reduce="lifetime_sum")
 
     def _play(self, start: int, stop: int) -> list[MultiAgentEpisode]:
-        group = self.env_runner_group
-        assert group is not None
-        parts = group.foreach_env_runner(
+        parts = self.env_runner_group.foreach_env_runner(
             partial(NumberedEpisodesRunner.sample_between, start=start, stop=stop),
             local_env_runner=self._settings.num_env_runners == 0,
         )
@@ -198,7 +142,6 @@ class HandoverDQN(DQN):
 
     def _learn(self, episodes: list[MultiAgentEpisode], n_updates: int) -> dict[str, float]:
         settings, buffer = self._settings, self.local_replay_buffer
-        assert isinstance(buffer, ReplayBuffer)
         for episode in episodes:
             buffer.add(
                 flatten(episode, self.config.levels, "own" if settings.stock else "handover")
@@ -212,12 +155,10 @@ class HandoverDQN(DQN):
         return {**learned, "learning_rate": rate}
 
     def _send_weights(self) -> None:
-        group = self.env_runner_group
-        assert group is not None
         state = self._learner.get_state(components=COMPONENT_RL_MODULE)
         weights = {COMPONENT_RL_MODULE: state[COMPONENT_RL_MODULE]}
         # waits for every runner: RLlib's own way drops the weights if too many calls are waiting
-        group.foreach_env_runner(
+        self.env_runner_group.foreach_env_runner(
             partial(NumberedEpisodesRunner.set_state, state=weights),
             local_env_runner=self._settings.num_env_runners == 0,
         )
@@ -225,10 +166,7 @@ class HandoverDQN(DQN):
     @property
     def _learner(self) -> HandoverLearner:
         # num_learners is 0: the learner lives in this process
-        assert self.learner_group is not None
-        learner = self.learner_group._learner
-        assert isinstance(learner, HandoverLearner)
-        return learner
+        return self.learner_group._learner
 
     def level_weights(self) -> dict[str, torch.Tensor]:
         """The learner's networks as the state dict of `LevelQNetworks`."""
@@ -291,9 +229,7 @@ def build(
             "action_mask": gym.spaces.Box(0, 1, (n_actions,), np.int8),
         }
     )
-    # RLlib seeds whole processes from this; 32 bits is what NumPy takes
-    process_seed = derive_seed(settings.seed, "process") % 2**31
-    config = HandoverDQNConfig()
+    config: Any = HandoverDQNConfig()
     config.settings = settings
     config.levels = levels
     config.environment(
@@ -319,12 +255,13 @@ def build(
         )
     )
     config.reporting(min_sample_timesteps_per_iteration=0, min_time_s_per_iteration=0)
-    config.debugging(seed=process_seed, log_level="ERROR")
+    # no seed: RLlib would seed the whole process, and every draw here has a generator of its own
+    config.debugging(log_level="ERROR")
     _override(config, settings)
     return HandoverDQN(config=config)
 
 
-def _override(config: HandoverDQNConfig, settings: AlgorithmSettings) -> None:
+def _override(config: Any, settings: AlgorithmSettings) -> None:
     known = {name for name in vars(config) if not name.startswith("_")}
     for name in settings.overrides:
         if name in OURS:

@@ -54,12 +54,18 @@ class _Slot:
     def __init__(self, env: MultiAgentEnv) -> None:
         self.env = env
         self.number = -1
-        self.action: dict[str, int] = {}
+        self.action: dict[Any, int] = {}
         self.episode: MultiAgentEpisode | None = None
 
 
 class NumberedEpisodesRunner(MultiAgentEnvRunner):
     """Plays numbered episodes; of R remote runners, runner r takes episodes r, r + R, ..."""
+
+    # RLlib declares its general classes, and most of them optional
+    config: Any  # a HandoverDQNConfig, whose `settings` are read
+    module: Any  # a LevelsModule
+    env: Any
+    num_envs: int
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
@@ -75,7 +81,7 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
     def make_env(self) -> None:
         """Makes the environments, without Gymnasium's registry: that would copy the factory."""
         factory: EnvFactory = self.config.env_config["factory"]
-        self.env = SyncVectorMultiAgentEnv(
+        self.env: Any = SyncVectorMultiAgentEnv(
             env_fns=[
                 lambda index=index: factory.make(
                     worker_index=self.worker_index or 0,
@@ -129,52 +135,58 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
 
         def act(slot: _Slot) -> None:
             assert slot.episode is not None
+            level: Any
             (level,) = slot.episode.get_agents_to_act()
             epsilon = 1.0 if random_actions else slot.episode.custom_data["epsilon"]
             slot.action = {level: self._action(slot, level, settings.seed, epsilon)}
             in_flight[self._pool.submit(slot.env.step, slot.action)] = slot
 
-        assert self.env is not None
-        assert self.env.envs is not None
         for env in self.env.envs:
             start(_Slot(env.unwrapped))
         while in_flight:
             ready, _ = wait(in_flight, return_when=FIRST_COMPLETED)
             for future in ready:
                 slot = in_flight.pop(future)
-                episode = slot.episode
-                if episode is None:
-                    slot.episode = self._begin(slot, *future.result(), explore=explore)
+                episode = self._receive(slot, future.result(), explore=explore)
+                if episode.is_done:
+                    done.append(self._finish(slot, episode))
+                    start(slot)
+                else:
                     act(slot)
-                    continue
-                observations, rewards, terminateds, truncateds, infos = future.result()
-                episode.add_env_step(
-                    observations,
-                    slot.action,
-                    rewards,
-                    infos,
-                    terminateds=terminateds,
-                    truncateds=truncateds,
-                )
-                if not episode.is_done:
-                    act(slot)
-                    continue
-                self._prune_zero_len_sa_episodes(episode)
-                metrics = getattr(slot.env, "episode_metrics", None)
-                episode.custom_data["metrics"] = dict(metrics()) if metrics else {}
-                done.append(episode)
-                start(slot)
         return done
+
+    def _receive(self, slot: _Slot, result: Any, *, explore: bool) -> MultiAgentEpisode:
+        """Enters what `reset` or `step` gave into the slot's episode."""
+        if slot.episode is None:
+            slot.episode = self._begin(slot, *result, explore=explore)
+        else:
+            observations, rewards, terminateds, truncateds, infos = result
+            slot.episode.add_env_step(
+                observations,
+                slot.action,
+                rewards,
+                infos,
+                terminateds=terminateds,
+                truncateds=truncateds,
+            )
+        return slot.episode
+
+    def _finish(self, slot: _Slot, episode: MultiAgentEpisode) -> MultiAgentEpisode:
+        # a level that never acted has an episode of length 0
+        self._prune_zero_len_sa_episodes(episode)
+        metrics = getattr(slot.env, "episode_metrics", None)
+        episode.custom_data["metrics"] = dict(metrics()) if metrics else {}
+        return episode
 
     def _begin(
         self, slot: _Slot, observations: Any, infos: Any, *, explore: bool
     ) -> MultiAgentEpisode:
         settings: AlgorithmSettings = self.config.settings
-        agents = slot.env.possible_agents
+        env: Any = slot.env
         episode = MultiAgentEpisode(
             id_=str(slot.number),
-            observation_space={a: slot.env.get_observation_space(a) for a in agents},
-            action_space={a: slot.env.get_action_space(a) for a in agents},
+            observation_space=env.observation_spaces,
+            action_space=env.action_spaces,
             agent_to_module_mapping_fn=self.config.policy_mapping_fn,
         )
         episode.add_env_reset(observations=observations, infos=infos)
@@ -190,7 +202,6 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
 
     def _action(self, slot: _Slot, level: str, seed: int, epsilon: float) -> int:
         assert slot.episode is not None
-        assert self.module is not None
         observation: Any = slot.episode.agent_episodes[level].get_observations(-1)
         step = len(slot.episode)
         action = exploring_action(seed, slot.number, step, observation["action_mask"], epsilon)

@@ -21,8 +21,8 @@ def epsilon_at(episode: int, *, final: float, n_episodes: int, decay_fraction: f
     Returns:
         A probability.
 
-    >>> [epsilon_at(n, final=0.2, n_episodes=8, decay_fraction=0.5) for n in (0, 2, 4, 7)]
-    [1.0, 0.6, 0.2, 0.2]
+    >>> [epsilon_at(n, final=0.5, n_episodes=8, decay_fraction=0.5) for n in (0, 2, 4, 7)]
+    [1.0, 0.75, 0.5, 0.5]
     """
     length = decay_fraction * n_episodes
     progress = min(1.0, episode / length) if length > 0 else 1.0

@@ -92,10 +92,11 @@ def turns(episode: "MultiAgentEpisode", levels: Sequence[str]) -> list[_Turn]:
     if not episode.is_terminated:
         raise RlhfRayError("an episode must end by terminateds['__all__'], got one that did not.")
     found: list[_Turn] = []
+    seen: Any = episode.env_t_to_agent_t
     for t in range(len(episode)):
         acting = [
             (name, agent_t.data[t])
-            for name, agent_t in episode.env_t_to_agent_t.items()
+            for name, agent_t in seen.items()
             if len(agent_t.data) > t and agent_t.data[t] != _SKIPPED
         ]
         if len(acting) != 1:
@@ -261,4 +262,3 @@ def td_loss(
     with torch.no_grad():
         td_error, q_value = (taken - goal).abs().mean(), taken.mean()
     return TdLoss(loss=function(taken, goal), td_error=td_error, q_value=q_value)
-

@@ -44,14 +44,14 @@ class LevelsModule(MultiRLModule):
     """All levels' policies and the networks behind them."""
 
     networks: LevelQNetworks
+    model_config: Any
 
     def setup(self) -> None:
         """Builds the levels' modules and gives each its network."""
         super().setup()
-        self.networks = LevelQNetworks(
-            self.model_config["network"], seed=self.model_config["network_seed"]
-        )
-        for index, level in enumerate(self.model_config["levels"]):
+        own = self.model_config
+        self.networks = LevelQNetworks(own["network"], seed=own["network_seed"])
+        for index, level in enumerate(own["levels"]):
             self._rl_modules[level].q = self.networks.level(index)
 
 

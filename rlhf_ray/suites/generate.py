@@ -18,7 +18,7 @@ KINDS = (
 )  # fmt: skip
 """Tasks take these kinds in turn; a composite is an input or geometric shift and an output one."""
 
-SEVERITIES = (0.35, 1.0)
+SEVERITIES = (0.45, 1.0)
 """Severities are drawn uniformly between these."""
 
 

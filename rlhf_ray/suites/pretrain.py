@@ -4,7 +4,6 @@ Pretrained weights are kept under the storage path by the digest of all they fol
 """
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rlhf_ray.digests import derive_seed, digest, tensor_digest
-from rlhf_ray.errors import InputError
+from rlhf_ray.storage import open_storage
 from rlhf_ray.suites.images import N_CLASSES, Images
 
 Progress = Callable[[str], None]
@@ -47,7 +46,7 @@ RECIPES = {
 
 
 def make_cnn(seed: int) -> nn.Sequential:
-    """conv 32, pool, conv 64, pool, dense 64, dense 10: (N, 1, 28, 28) -> logits (N, 10)."""
+    """Conv 32, pool, conv 64, pool, dense 64, dense 10: (N, 1, 28, 28) -> logits (N, 10)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: OrderedDict[str, nn.Module] = OrderedDict(
@@ -80,21 +79,20 @@ def pretrained_cnn(
         The network, in eval mode.
 
     Raises:
-        InputError: the storage path cannot be written.
+        InputError: the storage path cannot be written (told before the training).
     """
     recipe = RECIPES[source]
     model = make_cnn(derive_seed("cnn", source, seed))
-    path = None
-    if storage_path is not None:
-        data = tensor_digest({"x": images[0], "y": images[1]})
-        key = digest("pretrained 1", data, repr(model), asdict(recipe), source, seed)
-        path = Path(storage_path) / "pretrained" / f"{key}.safetensors"
-        if _restore(model, path):
-            return model.eval()
-        _make_folder(path.parent)
-    _train(model, images, recipe, derive_seed("pretrain", source, seed), source, progress)
-    if path is not None:
-        _keep(model, path)
+    if storage_path is None:
+        _train(model, images, recipe, derive_seed("pretrain", source, seed), source, progress)
+        return model.eval()
+    storage = open_storage(storage_path, check=True)
+    data = tensor_digest({"x": images[0], "y": images[1]})
+    key = digest("pretrained 1", data, repr(model), asdict(recipe), source, seed)
+    name = f"pretrained/{key}.safetensors"
+    if not _restore(model, storage.read_bytes(name)):
+        _train(model, images, recipe, derive_seed("pretrain", source, seed), source, progress)
+        storage.write_bytes(name, _packed(model))
     return model.eval()
 
 
@@ -142,32 +140,21 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c)) if c == 1 else x
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the storage path must be writable, got {str(folder.parent)!r} ({error.strerror})."
-        ) from error
-
-
-def _keep(model: nn.Module, path: Path) -> None:
+def _packed(model: nn.Module) -> bytes:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    # complete or not there: a reader never sees half a file, nor two writers each other's
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_bytes(save(state, {"checksum": tensor_digest(state)}))
-    unfinished.replace(path)
+    return save(state, {"checksum": tensor_digest(state)})
 
 
-def _restore(model: nn.Module, path: Path) -> bool:
-    """Loads the kept weights; False where there are none, or the file was cut or altered."""
+def _restore(model: nn.Module, content: bytes | None) -> bool:
+    """Loads kept weights; False where there are none, or they were cut or altered."""
+    if content is None:
+        return False
     try:
-        content = path.read_bytes()
         state = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         if header["__metadata__"]["checksum"] != tensor_digest(state):
             return False
         model.load_state_dict(state)
-    except (FileNotFoundError, SafetensorError, ValueError, KeyError, RuntimeError):
+    except (SafetensorError, ValueError, KeyError, RuntimeError):
         return False
     return True

@@ -16,12 +16,10 @@ from rlhf_ray.tasks import Suite, Task
 N_TASKS = 10
 
 DEFAULTS: Mapping[str, Any] = {
-    "algorithm": "q-learning",
-    "observation": "tabular",
+    "observation": ("tabular",),
     "performance": "value",
     "start": "random",
     "horizon": 10,
-    "operations": ("train_mid",),
     "steps": None,
     "batch_size": 32,
     "optimizer": "adam",
@@ -31,9 +29,10 @@ DEFAULTS: Mapping[str, Any] = {
     "gamma": (0.99,),
     "epsilon": (0.1,),
     "episodes": 100,
+    "replicas": 1,
 }
-"""The founding document's settings: one action per next level, each trains the acting level for
-one epoch (Adam at 1e-3, batches of 32); reward: accuracy on the test images - |l - l'|."""
+"""The founding document's settings: a stage is one epoch (Adam at 1e-3, its `train_mid`, in batches
+of 32), the reward the accuracy on the test images - |l - l'|."""
 
 
 def mnist_seed_suite(*, data_root: str | Path | None = None, seed: int = 0) -> Suite:

@@ -118,7 +118,9 @@ def rotate(x: Tensor, severity: float, rng: Generator) -> Tensor:
 def translate(x: Tensor, severity: float, rng: Generator) -> Tensor:
     """A move of up to 6 pixels in one direction."""
     angle, distance = _uniform(rng, 0, 2 * math.pi), severity * 12 / SIZE
-    return _warp(x, [[1.0, 0.0, distance * math.cos(angle)], [0.0, 1.0, distance * math.sin(angle)]])
+    return _warp(
+        x, [[1.0, 0.0, distance * math.cos(angle)], [0.0, 1.0, distance * math.sin(angle)]]
+    )
 
 
 def squeeze(x: Tensor, severity: float, rng: Generator) -> Tensor:
@@ -203,14 +205,15 @@ class Family:
 
 
 N_GROUPS = 3
+# By group: 0, the train tasks'; 1, the val tasks'; 2, the test tasks'.
+_GROUPS: dict[Kind, tuple[tuple[Callable[..., Tensor], ...], ...]] = {
+    "input": ((noise, contrast, blur), (haze, occlusion, pixelate), (stripes, invert, dead)),
+    "geometric": ((rotate, translate), (squeeze, wave), (shear, scale)),
+    "output": ((permute,), (cycle,), (swap,)),
+}
 FAMILIES: tuple[Family, ...] = tuple(
     Family(kind=kind, group=group, apply=apply)
-    for kind, groups in {
-        # group 0: train tasks     group 1: val tasks           group 2: test tasks
-        "input": ((noise, contrast, blur), (haze, occlusion, pixelate), (stripes, invert, dead)),
-        "geometric": ((rotate, translate), (squeeze, wave), (shear, scale)),
-        "output": ((permute,), (cycle,), (swap,)),
-    }.items()
+    for kind, groups in _GROUPS.items()
     for group, functions in enumerate(groups)
     for apply in functions
 )

@@ -1,0 +1,210 @@
+"""`python -m rlhf_ray.apply`: fine-tunes one task with a learned policy, without Ray."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_ray import command_line
+from rlhf_ray.command_line import OK, Flag, SuiteOptions
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rlhf_ray.finetuning import FineTuned
+    from rlhf_ray.policy import Policy
+    from rlhf_ray.tasks import Suite, Task
+
+PROG = "python -m rlhf_ray.apply"
+
+DESCRIPTION = (
+    "Fine-tunes one task as a learned policy decides: no search, no Ray. Prints what was done, the "
+    "metric before and after, and the cost; saves the tuned weights. Exit status: 0; 2 bad input; "
+    "130 interrupted."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions:
+    """What this command does.
+
+    Attributes:
+        policy: folder with policy.json and its weights, or that policy.json.
+        task: name of one of the suite's tasks.
+        output: file for the tuned weights (safetensors: the model's state dict); an existing one
+            is replaced; without it nothing is saved.
+        replica: seed of the batches drawn, >= 0; the same seed gives the same weights.
+        device: where to train; auto: CUDA where there is a device.
+        storage_path: pretrained weights of built-in suites are kept here, as by the launch command.
+        json: print the result as JSON on stdout, everything else on stderr.
+        quiet: show errors and the result in one line.
+    """
+
+    policy: str
+    task: str
+    output: str | None = None
+    replica: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    storage_path: str = "./rlhf_runs"
+    json: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replica < 0:
+            raise InputError(f"replica must be at least 0, got replica={self.replica}.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    stopped = "interrupted. Nothing was saved."
+    return command_line.run(lambda: _apply(arguments), on_interrupt=stopped)
+
+
+def _apply(arguments: list[str]) -> int:
+    values = command_line.parse(
+        arguments, prog=PROG, description=DESCRIPTION, groups=_flag_groups()
+    )
+    options = command_line.pick(ApplyOptions, values)
+    suite_options = command_line.pick(SuiteOptions, values)
+    output = _checked_output(options.output)
+    stdout = sys.stdout
+    with contextlib.ExitStack() as stack:
+        if options.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        terminal = stack.enter_context(Terminal(sys.stdout, quiet=options.quiet))
+        answer = _finetune(options, suite_options, output, terminal)
+    if options.json:
+        stdout.write(json.dumps(answer, indent=1) + "\n")
+    return OK
+
+
+def _finetune(
+    options: ApplyOptions, suite_options: SuiteOptions, output: Path | None, terminal: Terminal
+) -> dict[str, Any]:
+    from rlhf_ray.finetuning import finetune
+    from rlhf_ray.policy import Policy
+    from rlhf_ray.storage import open_storage
+
+    policy = Policy.load(options.policy)
+    terminal.message(f"policy  {options.policy}: made for levels {', '.join(policy.levels)}")
+    kept = str(open_storage(options.storage_path).local_path() or ApplyOptions.storage_path)
+    suite = suite_options.load(kept, terminal.message)
+    task = _task(suite, options.task)
+    terminal.message(f"task    {task.name} of suite {suite.name}")
+    tuned = finetune(
+        suite.model,
+        suite.levels,
+        task,
+        policy,
+        replica=options.replica,
+        device=options.device,
+    )
+    _show(terminal, tuned, policy, _metric_name(task))
+    if output is not None:
+        _save(tuned, output)
+        terminal.show_lines(f"The tuned weights are in {output}")
+    return _answer(options, suite, tuned, output)
+
+
+def _show(terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str) -> None:
+    from rlhf_ray.tables import trace_table
+
+    unit = "seconds" if policy.metadata["process"]["cost"] == "seconds" else "full stages"
+    figures = {"start_metric": tuned.start_metric, "cost": tuned.cost, "unit": unit}
+    terminal.show("")
+    terminal.show(trace_table(tuned.trace, metric=metric, **figures))
+    terminal.show("")
+    terminal.say(
+        f"val {metric} {tuned.start_metric:.3f} -> {tuned.val_metric:.3f}, "
+        f"test {metric} {tuned.start_test_metric:.3f} -> {tuned.test_metric:.3f}, "
+        f"cost {tuned.cost:.2f} {unit}, {tuned.switches} switches"
+    )
+    if unit == "full stages":
+        terminal.message(
+            "A full stage is 20 training steps of 64 examples over the whole model; the cost "
+            "counts training, evaluations, probes and cache fills."
+        )
+
+
+def _answer(
+    options: ApplyOptions, suite: "Suite", tuned: "FineTuned", output: Path | None
+) -> dict[str, Any]:
+    return {
+        "suite": suite.name,
+        "task": options.task,
+        "policy": options.policy,
+        "replica": options.replica,
+        "start_metric": tuned.start_metric,
+        "val_metric": tuned.val_metric,
+        "start_test_metric": tuned.start_test_metric,
+        "test_metric": tuned.test_metric,
+        "cost": tuned.cost,
+        "switches": tuned.switches,
+        "trace": [dict(step) for step in tuned.trace],
+        "output": str(output) if output else None,
+    }
+
+
+# -- input and output ------------------------------------------------------------------------------
+
+
+def _flag_groups() -> dict[str, list[Flag]]:
+    flags = command_line.flags_of(ApplyOptions)
+    own = ("policy", "task", "replica", "device")
+    return {
+        "task": [flags[name] for name in own],
+        "suite": list(command_line.flags_of(SuiteOptions).values()),
+        "output": [flag for name, flag in flags.items() if name not in own],
+    }
+
+
+def _task(suite: "Suite", name: str) -> "Task":
+    tasks = {task.name: task for task in suite.tasks()}
+    if name not in tasks:
+        raise unknown_name("task", name, tasks)
+    return tasks[name]
+
+
+def _metric_name(task: "Task") -> str:
+    return str(getattr(task.metric, "name", "metric"))
+
+
+def _checked_output(output: str | None) -> Path | None:
+    """Looks before the work whether the result can be written after it."""
+    if output is None:
+        return None
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise InputError(f"output must be a file, got the folder output={output!r}.")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"output must lie in a folder that exists, got output={output!r}. "
+            f"Make {str(path.parent)!r} first."
+        )
+    writable = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+    if not writable:
+        raise InputError(f"output must be writable, got output={output!r}.")
+    return path
+
+
+def _save(tuned: "FineTuned", path: Path) -> None:
+    """Writes the state dict; the file is the old one or the new one, never a part."""
+    from safetensors.torch import save_model
+
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_model(tuned.model, str(part))
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"output must be writable, got {str(path)!r} ({error}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

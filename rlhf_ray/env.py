@@ -1,0 +1,122 @@
+"""The decision process as RLlib's `MultiAgentEnv`: one agent per level, one acting at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from ray.rllib.env.multi_agent_env import MultiAgentEnv
+
+from rlhf_ray.digests import derive_seed
+from rlhf_ray.observations import Observer
+from rlhf_ray.process import (
+    ProcessSpec,
+    State,
+    action_mask,
+    advance,
+    stage_request,
+    start_request,
+    start_state,
+)
+from rlhf_ray.tally import TalliedStages
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodePlan:
+    """Which task, replica seed and first level an episode has: a function of its number alone.
+
+    Every trial of a sweep plays the same plan (common random numbers), so that trials differ by
+    what is swept only and share their stages.
+
+    Attributes:
+        tasks: names of the tasks to learn on; each pass over them is shuffled anew.
+        replicas: replica seeds 0 ... replicas - 1.
+        n_levels: L.
+        random_start: draw the first level; otherwise it is the first.
+        seed: of the sweep.
+    """
+
+    tasks: tuple[str, ...]
+    replicas: int
+    n_levels: int
+    random_start: bool
+    seed: int
+
+    def draw(self, episode: int) -> tuple[str, int, int]:
+        """Task, replica seed and first level of an episode."""
+        rounds, place = divmod(episode, len(self.tasks))
+        order = np.random.default_rng(derive_seed(self.seed, "tasks", rounds))
+        task = self.tasks[order.permutation(len(self.tasks))[place]]
+        replica = derive_seed(self.seed, "replica", episode) % self.replicas
+        level = derive_seed(self.seed, "level", episode) % self.n_levels if self.random_start else 0
+        return task, replica, level
+
+
+def observation_space(n_features: int, n_actions: int) -> gym.spaces.Dict:
+    """What every agent sees: features (F,) and the mask of open actions (A,)."""
+    return gym.spaces.Dict(
+        {
+            "features": gym.spaces.Box(-np.inf, np.inf, (n_features,), np.float32),
+            "action_mask": gym.spaces.Box(0, 1, (n_actions,), np.int8),
+        }
+    )
+
+
+class FineTuningEnv(MultiAgentEnv):
+    """Episodes of fine-tuning; `step` waits for the stage it asked for.
+
+    Args:
+        config: "spec" (ProcessSpec), "observer" (Observer), "plan" (EpisodePlan), "stages"
+            (TalliedStages).
+
+    `reset(options={"episode": n})` plays episode n; without it, the one after the last.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._spec: ProcessSpec = config["spec"]
+        self._observer: Observer = config["observer"]
+        self._plan: EpisodePlan = config["plan"]
+        self._all_stages: TalliedStages = config["stages"]
+        self._stages = self._all_stages
+        self._episode = -1
+        self._state: State | None = None
+        names = list(self._spec.levels)
+        self.possible_agents = names
+        self.agents = names
+        n_features = len(self._observer.names(self._spec))
+        space = observation_space(n_features, self._spec.n_actions)
+        self.observation_spaces = dict.fromkeys(names, space)
+        self.action_spaces = dict.fromkeys(names, gym.spaces.Discrete(self._spec.n_actions))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts an episode from the pretrained model."""
+        self._episode = (options or {}).get("episode", self._episode + 1)
+        task, replica, level = self._plan.draw(self._episode)
+        self._stages = self._all_stages.within(f"episode-{self._episode}")
+        outcome = self._stages.outcome(start_request(task, replica)).outcome
+        self._state = start_state(self._spec, outcome, task, replica, level)
+        return self._observe(self._state), {}
+
+    def step(self, action_dict: dict[str, int]) -> tuple[dict[str, Any], ...]:
+        """Carries out the acting level's action."""
+        assert self._state is not None, "reset comes before step"
+        acting = self._spec.levels[self._state.level]
+        action = int(action_dict[acting])
+        request = stage_request(self._spec, self._state, action)
+        outcome = None if request is None else self._stages.outcome(request).outcome
+        self._state, step = advance(self._spec, self._state, action, outcome)
+        ended = {"__all__": self._state.terminated}
+        seen = self._observe(self._state)
+        return seen, {acting: step.reward}, ended, {"__all__": False}, {}
+
+    def _observe(self, state: State) -> dict[str, Any]:
+        return {
+            self._spec.levels[state.level]: {
+                "features": self._observer.observe(self._spec, state),
+                "action_mask": action_mask(self._spec, state),
+            }
+        }

@@ -1,0 +1,350 @@
+"""`python -m rlhf_ray.launch`: runs a sweep, shows what came out, says how to go on.
+
+The flags are the fields of `SearchConfig`, `SuiteOptions` and `LaunchOptions`; what they mean
+stands there. torch and Ray are imported late: `--help` and typing errors answer at once.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray import command_line
+from rlhf_ray.command_line import OK, TRIALS_FAILED, Flag, SuiteOptions
+from rlhf_ray.config import SearchConfig, with_defaults
+from rlhf_ray.errors import InputError
+from rlhf_ray.terminal import Terminal, duration, number
+
+if TYPE_CHECKING:
+    from rlhf_ray.results import SearchResult
+    from rlhf_ray.sweep import SearchPlan
+    from rlhf_ray.tasks import Suite
+
+PROG = "python -m rlhf_ray.launch"
+
+DESCRIPTION = (
+    "Learns how to fine-tune: sweeps reinforcement-learning policies that decide which level of a "
+    "pretrained model to tune, how, and when to stop. The same command resumes an unfinished sweep "
+    "and shows a finished one. Swept flags take one or more values. Exit status: 0; 2 bad input; "
+    "3 some trials failed; 130 interrupted."
+)
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "suite": tuple(f.name for f in dataclasses.fields(SuiteOptions)),
+    "sweep": (
+        "gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight", "num_samples",
+        "algorithm", "episodes", "seed", "replicas", "rllib",
+    ),
+    "episode": (
+        "horizon", "budget", "performance", "cost", "start", "observation", "steps", "batch_size",
+        "optimizer", "learning_rates", "keep_optimizer_state",
+    ),
+    "judging": ("utility_cost", "utility_switch", "baselines", "val_size"),
+    "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),
+    "cluster": (
+        "address", "num_workers", "cpus_per_worker", "gpus_per_worker", "concurrent_trials",
+        "stages_in_flight", "env_runners", "device", "precision", "cache_gb",
+    ),
+    "output": ("max_minutes", "list", "dry_run", "json", "quiet", "version"),
+}  # fmt: skip
+"""Headings of `--help`; a field that is in none stands under "other"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """What this command does, besides what is searched.
+
+    Attributes:
+        fresh: start the sweep over; the tree of stages is kept.
+        max_minutes: stop cleanly after this many minutes, > 0; the same command resumes.
+        list: show the sweeps under the storage path, and do nothing else.
+        dry_run: show what would run, with estimated stages and time; write nothing.
+        json: print exactly summary.json on stdout, everything else on stderr.
+        quiet: show errors and the result in one line.
+        version: show the versions of this package, torch and Ray.
+    """
+
+    fresh: bool = False
+    max_minutes: float | None = None
+    list: bool = False
+    dry_run: bool = False
+    json: bool = False
+    quiet: bool = False
+    version: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise InputError(
+                f"max_minutes must be > 0, got max_minutes={self.max_minutes}. "
+                "Leave it out for no bound."
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    stopped = f"interrupted. What is done is kept; this goes on with it: {_again(arguments)}"
+    return command_line.run(lambda: _launch(arguments), on_interrupt=stopped)
+
+
+def _launch(arguments: list[str]) -> int:
+    values = command_line.parse(
+        arguments, prog=PROG, description=DESCRIPTION, groups=_flag_groups()
+    )
+    values["rllib"] = _as_mapping(values["rllib"])
+    options = command_line.pick(LaunchOptions, values)
+    if options.version:
+        print(_versions())
+        return OK
+    suite_options = command_line.pick(SuiteOptions, values)
+    config = command_line.pick(SearchConfig, values)
+    stdout = sys.stdout
+    with contextlib.ExitStack() as stack:
+        if options.json:  # what suites or libraries print must not come between
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        terminal = stack.enter_context(Terminal(sys.stdout, quiet=options.quiet))
+        if options.list:
+            answer, status = _list(config, terminal), OK
+        elif options.dry_run:
+            answer, status = _dry_run(suite_options, config, terminal), OK
+        else:
+            answer, status = _search(options, suite_options, config, terminal, _again(arguments))
+    if options.json:
+        stdout.write(json.dumps(answer, indent=1) + "\n")
+    return status
+
+
+# -- what the command can do -----------------------------------------------------------------------
+
+
+def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
+    from rlhf_ray.results import list_sweeps
+    from rlhf_ray.tables import sweeps_table
+
+    sweeps = list_sweeps(config.storage_path)
+    if sweeps:
+        terminal.show(sweeps_table(sweeps))
+        terminal.show_lines(f"under {config.storage_path}")
+    else:
+        terminal.message(f"There are no sweeps under {config.storage_path}.")
+    return sweeps
+
+
+def _dry_run(options: SuiteOptions, config: SearchConfig, terminal: Terminal) -> dict[str, Any]:
+    with _scratch_copy(config.storage_path) as scratch:
+        suite = options.load(scratch, terminal.message)
+    from rlhf_ray.sweep import plan
+
+    config = with_defaults(config, suite.defaults)
+    planned = plan(suite, config)
+    _show_header(terminal, suite, config, planned)
+    highest, distinct = planned.n_stages_estimate
+    needed_s = planned.seconds_estimate
+    terminal.message(
+        f"At most {number(highest)} stages, about {number(distinct)} of them distinct; "
+        + (f"about {duration(needed_s)}." if needed_s is not None else "time not known yet.")
+    )
+    for trial in planned.trials:
+        terminal.message("  " + ", ".join(f"{name} {value}" for name, value in trial.items()))
+    terminal.message("Nothing was run and nothing written.")
+    return {
+        "directory": str(planned.directory),
+        "trials": planned.trials,
+        "stages_at_most": highest,
+        "stages_distinct": distinct,
+        "seconds": needed_s,
+    }
+
+
+def _search(
+    options: LaunchOptions,
+    suite_options: SuiteOptions,
+    config: SearchConfig,
+    terminal: Terminal,
+    again: str,
+) -> tuple[dict[str, Any], int]:
+    _check_storage(config.storage_path)
+    terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
+    suite = suite_options.load(_pretrained_at(config.storage_path), terminal.message)
+    from rlhf_ray.sweep import plan, search
+
+    config = with_defaults(config, suite.defaults)
+    planned = plan(suite, config)
+    finished = planned.state == "finished" and not options.fresh
+    _show_header(terminal, suite, config, planned)
+    if finished:
+        terminal.message("This sweep is finished: shown again, not run (--fresh starts it over).")
+    result = search(
+        suite, config, fresh=options.fresh, max_minutes=options.max_minutes, progress=terminal
+    )
+    terminal.end_phase()
+    _show_result(terminal, result, suite_options, config)
+    if not result.finished:
+        done = sum(trial["status"] == "done" for trial in result.trials)
+        terminal.say(f"The time is up: {done} of {len(result.trials)} trials are done.")
+        terminal.show_lines("This goes on with the rest:", f"  {again}")
+    return result.summary, TRIALS_FAILED if result.failures else OK
+
+
+# -- what the command shows ------------------------------------------------------------------------
+
+
+def _show_header(
+    terminal: Terminal, suite: "Suite", config: SearchConfig, planned: "SearchPlan"
+) -> None:
+    levels = ", ".join(suite.levels)
+    tasks = ", ".join(
+        f"{len(getattr(suite, f'{role}_tasks'))} {role}" for role in ("train", "val", "test")
+    )
+    terminal.message(f"suite    {suite.name}: levels {levels}; tasks {tasks}")
+    terminal.message(
+        f"sweep    {len(planned.trials)} trials of {config.episodes} episodes with "
+        f"{config.algorithm}; at most {config.horizon} stages each; {config.replicas} replica seeds"
+    )
+    terminal.show_lines(f"results  {planned.directory}")
+
+
+def _show_result(
+    terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
+) -> None:
+    from rlhf_ray.tables import (
+        comparison,
+        front_table,
+        methods_table,
+        stages_account,
+        trials_table,
+    )
+
+    about = result.sweep["metric"]
+    metric = str(about["name"])
+    done = any(trial["status"] == "done" for trial in result.trials)
+    best = result.best_trial if done else None
+    terminal.show("")
+    terminal.show(trials_table(result.table(), best, metric=metric))
+    for failure in result.failures[:3]:
+        reason = str(failure["error"])[:300]
+        terminal.message(f"trial {failure['name']} failed: {reason}")
+    if done:
+        terminal.show("")
+        terminal.show(front_table(result.front(), metric=metric))
+    methods = result.summary.get("methods", {})
+    if methods:
+        terminal.show("")
+        terminal.show(methods_table(result.methods(), metric=metric))
+        terminal.show("")
+        better = bool(about["higher_is_better"])
+        terminal.say(comparison(methods, metric=metric, higher_is_better=better))
+    if "stages" in result.summary:
+        terminal.message(stages_account(result.summary["stages"]))
+    if methods:
+        _show_next_steps(terminal, result, options, config)
+    elif result.finished:
+        terminal.say("No trial ended well: there is no policy.")
+
+
+def _show_next_steps(
+    terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
+) -> None:
+    from rlhf_ray.results import BEST_POLICY
+    from rlhf_ray.tables import copyable
+
+    directory = str(result.directory)
+    rows = result.summary.get("rows", [])
+    task = str(next((row["task"] for row in rows if row["method"] == "policy"), "TASK"))
+    given = SuiteOptions() == options
+    chosen = ["--suite", options.suite] if given else options.changed_flags()
+    apply = [
+        "python", "-m", "rlhf_ray.apply", "--policy", f"{directory}/{BEST_POLICY}", *chosen,
+        "--task", task, "--output", "tuned.safetensors",
+    ]  # fmt: skip
+    if config.storage_path != SearchConfig.storage_path:
+        apply += ["--storage-path", config.storage_path]
+    steps = {
+        "TensorBoard:": ["tensorboard", "--logdir", directory],
+        "Results page:": ["python", "-m", "rlhf_ray.report", directory],
+        "Fine-tune one task with the policy:": apply,
+    }
+    terminal.show_lines("", f"Everything is written under {directory}")
+    for what, command in steps.items():
+        terminal.show_lines(what, *(f"  {line}" for line in copyable(command)))
+
+
+# -- input -----------------------------------------------------------------------------------------
+
+
+def _flag_groups() -> dict[str, list[Flag]]:
+    flags: dict[str, Flag] = {}
+    for schema in (SuiteOptions, SearchConfig, LaunchOptions):
+        flags |= command_line.flags_of(schema)
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = {title: [flags[name] for name in names] for title, names in GROUPS.items()}
+    other = [flag for name, flag in flags.items() if name not in grouped]
+    return {**groups, "other": other} if other else groups
+
+
+def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
+    """Reads KEY=VALUE pairs; values are JSON, or text where they are not."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise InputError(
+                f"--rllib must be KEY=VALUE pairs, got {pair!r}. Write lr=0.0005, for example."
+            )
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _check_storage(location: str) -> None:
+    """Tries to write; folders made on the way do not outlive a run that is refused later."""
+    from rlhf_ray.storage import open_storage
+
+    local = open_storage(location).local_path()
+    missing = [p for p in (local, *local.parents) if not p.exists()] if local is not None else []
+    open_storage(location, check=True)
+    for folder in missing:
+        folder.rmdir()
+
+
+def _pretrained_at(location: str) -> str:
+    """Where pretrained weights are kept: a local folder also where the storage is a bucket."""
+    from rlhf_ray.storage import open_storage
+
+    return str(open_storage(location).local_path() or SearchConfig.storage_path)
+
+
+@contextlib.contextmanager
+def _scratch_copy(location: str) -> Iterator[str]:
+    """A throw-away storage path with the pretrained weights that are kept already."""
+    kept = Path(_pretrained_at(location)) / "pretrained"
+    with tempfile.TemporaryDirectory() as scratch:
+        if kept.is_dir():
+            shutil.copytree(kept, Path(scratch) / "pretrained")
+        yield scratch
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """The command that goes on where this one ended."""
+    rest = [word for word in arguments if word != "--fresh"]
+    return shlex.join([*PROG.split(), *rest])
+
+
+def _versions() -> str:
+    found: Mapping[str, str] = {name: version(name) for name in ("rlhf_ray", "torch", "ray")}
+    own, *others = (f"{name} {number_}" for name, number_ in found.items())
+    return f"{own} ({', '.join(others)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

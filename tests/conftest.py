@@ -1,0 +1,28 @@
+"""Fixtures of the whole test run: one Ray for all tests that need it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of four logical CPUs, shared by the run; tests free what they reserve."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+        # actors import what tests define beside themselves (fake_engine, zoo)
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+    )
+    yield
+    ray.shutdown()

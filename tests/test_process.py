@@ -1,0 +1,216 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import SyntheticStages, spec_of
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.operations import Skip, Stop, Train, default_operations
+from rlhf_ray.process import (
+    ProcessSettings,
+    RewardWeights,
+    State,
+    action_mask,
+    advance,
+    discounted_return,
+    stage_request,
+    start_request,
+    start_state,
+)
+
+NAMES = [operation.name for operation in default_operations()]
+
+
+def begin(spec, stages, task="a", level=0) -> State:
+    outcome = stages.outcome(start_request(task, 0)).outcome
+    return start_state(spec, outcome, task, 0, level)
+
+
+def act(spec, stages, state, operation: str, next_level: int):
+    action = [o.name for o in spec.operations].index(operation) * spec.n_levels + next_level
+    assert action_mask(spec, state)[action], f"{operation} to {next_level} is closed"
+    request = stage_request(spec, state, action)
+    outcome = None if request is None else stages.outcome(request).outcome
+    return advance(spec, state, action, outcome)
+
+
+def open_actions(spec, state) -> set[tuple[str, int]]:
+    found = [spec.decode(action) for action in np.flatnonzero(action_mask(spec, state))]
+    return {(operation.name, level) for operation, level in found}
+
+
+def test_mask_at_the_start_opens_each_effect_once():
+    spec = spec_of(2)
+    state = begin(spec, SyntheticStages())
+    names = {name for name, _ in open_actions(spec, state)}
+    # at the bottom "up" is "all": the first of the two stands for both
+    assert names == {"train_low", "train_mid", "train_high", "train_up", "skip", "stop"}
+
+
+def test_mask_at_the_head_closes_up_which_is_the_level_itself():
+    spec = spec_of(2)
+    state = begin(spec, SyntheticStages(), level=1)
+    names = {name for name, _ in open_actions(spec, state)}
+    assert "train_up" not in names  # same effect as train_mid
+    assert "train_all" in names
+
+
+def test_mask_gives_stop_one_next_level_and_skip_all_others():
+    spec = spec_of(3)
+    opened = open_actions(spec, begin(spec, SyntheticStages(), level=1))
+    assert {level for name, level in opened if name == "stop"} == {1}
+    assert {level for name, level in opened if name == "skip"} == {0, 2}
+    assert {level for name, level in opened if name == "train_mid"} == {0, 1, 2}
+
+
+def test_mask_closes_skip_after_all_levels_have_looked():
+    spec, stages = spec_of(3), SyntheticStages()
+    state = begin(spec, stages)
+    for level in (1, 2):
+        state, _ = act(spec, stages, state, "skip", level)
+    assert "skip" not in {name for name, _ in open_actions(spec, state)}
+    state, _ = act(spec, stages, state, "train_mid", 0)
+    assert "skip" in {name for name, _ in open_actions(spec, state)}
+
+
+def test_mask_with_one_level_has_no_skip():
+    spec = spec_of(1)
+    assert "skip" not in {n for n, _ in open_actions(spec, begin(spec, SyntheticStages()))}
+
+
+def test_mask_before_the_last_stage_closes_hand_overs_of_stages_only():
+    spec, stages = spec_of(2, horizon=2), SyntheticStages()
+    state, _ = act(spec, stages, begin(spec, stages), "train_mid", 1)
+    opened = open_actions(spec, state)
+    assert {level for name, level in opened if name.startswith("train")} == {1}
+    assert ("skip", 0) in opened
+
+
+def test_mask_with_spent_budget_opens_stop_alone():
+    spec, stages = spec_of(2, budget=0.5), SyntheticStages()
+    state = begin(spec, stages)
+    assert len(open_actions(spec, state)) > 1
+    state, _ = act(spec, stages, state, "train_mid", 1)
+    assert state.cost == pytest.approx(0.7)
+    assert open_actions(spec, state) == {("stop", 1)}
+
+
+def test_reward_terms_are_recorded_apart_and_weighed():
+    weights = RewardWeights(performance=2.0, tuning_cost=0.1, switch_cost=0.01)
+    spec, stages = spec_of(3, weights=weights), SyntheticStages()
+    state, step = act(spec, stages, begin(spec, stages), "train_mid", 2)
+    assert step.performance == pytest.approx(0.1)
+    assert step.tuning_cost == pytest.approx(0.6)
+    assert step.switch_cost == 2
+    assert step.reward == pytest.approx(2 * 0.1 - 0.1 * 0.6 - 0.01 * 2)
+    assert (step.level, step.levels, step.next_level, state.level) == (0, (0,), 2, 2)
+
+
+def test_gain_is_of_the_best_so_far_and_never_negative():
+    falling = SyntheticStages(lambda path, task: [0.5, 0.4, 0.45, 0.7][len(path)])
+    spec = spec_of(2)
+    state, gains = begin(spec, falling), []
+    for _ in range(3):
+        state, step = act(spec, falling, state, "train_mid", 0)
+        gains.append(step.performance)
+    assert gains == pytest.approx([0, 0, 0.2])
+    assert state.best_path == state.path
+
+
+def test_performance_value_is_the_metric_at_every_step_skips_included():
+    spec, stages = spec_of(2, performance="value"), SyntheticStages()
+    state, step = act(spec, stages, begin(spec, stages), "skip", 1)
+    assert step.performance == pytest.approx(0.5)
+    _, step = act(spec, stages, state, "train_mid", 1)
+    assert step.performance == pytest.approx(0.6)
+
+
+def test_lower_is_better_turns_gain_and_best():
+    errors = SyntheticStages(lambda path, task: [0.5, 0.3, 0.4][len(path)])
+    spec = spec_of(2, higher_is_better=False)
+    state, step = act(spec, errors, begin(spec, errors), "train_mid", 0)
+    assert step.performance == pytest.approx(0.2)
+    state, step = act(spec, errors, state, "train_mid", 0)
+    assert step.performance == 0
+    assert state.best == 0.3
+    assert len(state.best_path) == 1
+
+
+def test_stop_ends_without_cost_or_switch():
+    spec, stages = spec_of(2), SyntheticStages()
+    state, step = act(spec, stages, begin(spec, stages), "stop", 0)
+    assert state.terminated
+    assert (step.tuning_cost, step.switch_cost, step.reward, state.path) == (0, 0, 0, ())
+
+
+def test_horizon_terminates_and_skips_do_not_count():
+    spec, stages = spec_of(2, horizon=2), SyntheticStages()
+    state, _ = act(spec, stages, begin(spec, stages), "skip", 1)
+    state, _ = act(spec, stages, state, "train_mid", 1)
+    assert not state.terminated
+    state, _ = act(spec, stages, state, "train_high", 1)
+    assert state.terminated
+    assert (state.tuned, state.last_tuned) == ((0, 2), (0, 2))
+
+
+def test_start_charges_the_probe_only_where_it_is_used():
+    stages = SyntheticStages()
+    assert begin(spec_of(2, probed=True), stages).cost == pytest.approx(0.5)
+    assert begin(spec_of(2, probed=False), stages).cost == pytest.approx(0.1)
+    assert begin(spec_of(2, cost="seconds"), stages).cost == 1.0
+
+
+def test_discounted_return_counts_global_steps():
+    spec, stages = spec_of(2), SyntheticStages()
+    state, first = act(spec, stages, begin(spec, stages), "train_mid", 1)
+    _, second = act(spec, stages, state, "stop", 1)
+    steps = [first, first, second]
+    assert discounted_return(steps, 0.5) == pytest.approx(first.reward * 1.5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_levels=st.integers(1, 4), horizon=st.integers(1, 4), data=st.data())
+def test_random_episodes_end_and_keep_their_account(n_levels, horizon, data):
+    values: dict[tuple[int, ...], float] = {}
+
+    def metric(path, task):
+        key = tuple(level for stage in path for level in stage.levels)
+        return values.setdefault(key, data.draw(st.floats(0, 1)))
+
+    stages = SyntheticStages(metric)
+    spec = spec_of(n_levels, horizon=horizon)
+    state, steps = begin(spec, stages), []
+    while not state.terminated:
+        mask = action_mask(spec, state)
+        action = data.draw(st.sampled_from(np.flatnonzero(mask).tolist()))
+        request = stage_request(spec, state, action)
+        outcome = None if request is None else stages.outcome(request).outcome
+        state, step = advance(spec, state, action, outcome)
+        steps.append(step)
+    assert len(steps) <= (horizon + 1) * n_levels
+    assert len(state.path) <= horizon
+    assert state.switches == sum(step.switch_cost for step in steps)
+    assert state.cost == pytest.approx(0.1 + sum(step.tuning_cost for step in steps))
+    gains = sum(step.performance for step in steps)
+    assert state.best - state.start.metric == pytest.approx(gains)
+    assert state.best >= state.start.metric
+    assert state.best_path == state.path[: len(state.best_path)]
+
+
+@pytest.mark.parametrize("name", ["performance", "tuning_cost", "switch_cost"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_weights_out_of_range_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name} weight must be finite"):
+        RewardWeights(**{name: value})
+
+
+def test_settings_and_operations_out_of_range_are_refused():
+    with pytest.raises(InputError, match="horizon must be at least 1, got horizon=0"):
+        ProcessSettings(horizon=0)
+    with pytest.raises(InputError, match="budget must be > 0"):
+        ProcessSettings(budget=0.0)
+    train = Train(name="train", learning_rate=1e-3)
+    with pytest.raises(InputError, match="must hold one Stop"):
+        spec_of(2, operations=(train, Skip()))
+    with pytest.raises(InputError, match="names of their own"):
+        spec_of(2, operations=(train, train, Stop()))

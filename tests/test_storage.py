@@ -1,0 +1,108 @@
+import pickle
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from rlhf_ray.errors import InputError, StorageError
+from rlhf_ray.storage import Storage, open_storage
+
+
+@pytest.fixture(params=["local", "object store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(tmp_path / "runs")
+    # anything but a LocalFileSystem takes the path without renames
+    (tmp_path / "bucket" / "a").mkdir(parents=True)
+    inner = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    return Storage(inner, "bucket", "test://bucket")
+
+
+def test_files_written_read_listed_deleted(storage: Storage) -> None:
+    assert storage.read_bytes("a/x.bin") is None
+    assert not storage.exists("a/x.bin")
+    assert storage.size_bytes("a/x.bin") is None
+    storage.write_bytes("a/x.bin", b"one")
+    storage.write_bytes("a/x.bin", b"three")
+    storage.write_bytes("y.bin", b"")
+    assert storage.read_bytes("a/x.bin") == b"three"
+    assert storage.read_bytes("y.bin") == b""
+    assert storage.exists("a/x.bin") and storage.size_bytes("a/x.bin") == 5
+    assert not storage.exists("a")
+    assert storage.list() == ["a/x.bin", "y.bin"]
+    assert storage.list("a") == ["a/x.bin"]
+    assert storage.list("nothing") == []
+    storage.delete("y.bin")
+    storage.delete("y.bin")
+    storage.delete_prefix("a")
+    storage.delete_prefix("a")
+    assert storage.list() == []
+
+
+def test_json_cut_counts_as_absent(storage: Storage) -> None:
+    storage.write_json("a/s.json", {"n": [1, 2.5, None]})
+    assert storage.read_json("a/s.json") == {"n": [1, 2.5, None]}
+    assert storage.read_json("a/none.json") is None
+    whole = storage.read_bytes("a/s.json")
+    assert whole is not None
+    for n in range(len(whole) - 1):  # the last byte is a newline
+        storage.write_bytes("a/s.json", whole[:n])
+        assert storage.read_json("a/s.json") is None
+
+
+@pytest.mark.parametrize("name", ["", "/etc/x", "../x", "a/../../x", "a\\b", "a\0b", "a//b", "./x"])
+def test_names_cannot_escape(storage: Storage, name: str) -> None:
+    for act in (storage.read_bytes, storage.exists, storage.delete, storage.delete_prefix):
+        with pytest.raises(InputError, match="must be a relative path"):
+            act(name)
+    with pytest.raises(InputError, match="must be a relative path"):
+        storage.write_bytes(name, b"")
+
+
+def test_local_leaves_no_parts_and_ignores_those_of_killed_writers(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_bytes("d/x", b"1")
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["x"]
+    (tmp_path / "d" / "y.0123.part").write_bytes(b"cut")
+    assert storage.list() == ["d/x"]
+    assert storage.local_path("d/x") == tmp_path / "d" / "x"
+
+
+def test_check_makes_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "new" / "runs", check=True)
+    assert storage.list() == []
+
+
+def test_check_unwritable_path_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"must be written under .*file") as caught:
+        open_storage(tmp_path / "file" / "runs", check=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match="must be written"):
+        open_storage(tmp_path / "file").write_bytes("x", b"")
+
+
+@pytest.mark.parametrize("location", ["", "nope://x/y", "a\0b"])
+def test_open_bad_location(location: str) -> None:
+    with pytest.raises(InputError, match="storage path must be a folder or a URI"):
+        open_storage(location)
+
+
+def test_messages_hold_no_secrets() -> None:
+    uri = "s3://KEY:SECRET@bucket/folder?endpoint_override=127.0.0.1%3A1"
+    storage = open_storage(uri + "&region=x&scheme=http")
+    assert storage.shown == "s3://bucket/folder"
+    assert not storage.is_local and storage.local_path() is None
+    with pytest.raises(InputError, match="must be a folder or a URI") as caught:
+        open_storage("bad://KEY:SECRET@bucket?token=SECRET")
+    assert "SECRET" not in str(caught.value) and "KEY" not in str(caught.value)
+
+
+def test_storage_pickles(tmp_path: Path) -> None:
+    open_storage(tmp_path).write_bytes("x", b"1")
+    assert pickle.loads(pickle.dumps(open_storage(tmp_path))).read_bytes("x") == b"1"
+
+
+def test_file_uri_is_local(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path.as_uri(), check=True)
+    assert storage.local_path("x") == tmp_path / "x"
