@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_ray import command_line
 from rlhf_ray.command_line import OK, Flag, SuiteOptions
-from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.errors import InputError
 from rlhf_ray.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _finetune(
     terminal.message(f"policy  {options.policy}: made for levels {', '.join(policy.levels)}")
     kept = str(open_storage(options.storage_path).local_path() or ApplyOptions.storage_path)
     suite = suite_options.load(kept, terminal.message)
-    task = _task(suite, options.task)
+    task = suite.task(options.task)
     terminal.message(f"task    {task.name} of suite {suite.name}")
     tuned = finetune(
         suite.model,
@@ -161,13 +161,6 @@ def _flag_groups() -> dict[str, list[Flag]]:
         "suite": list(command_line.flags_of(SuiteOptions).values()),
         "output": [flag for name, flag in flags.items() if name not in own],
     }
-
-
-def _task(suite: "Suite", name: str) -> "Task":
-    tasks = {task.name: task for task in suite.tasks()}
-    if name not in tasks:
-        raise unknown_name("task", name, tasks)
-    return tasks[name]
 
 
 def _metric_name(task: "Task") -> str:

@@ -81,8 +81,13 @@ def _repeated(
             path=_always([_train(bench, rate, levels)] * bench.horizon),
             patience=patience,
         )
-        for rate in bench.learning_rates
+        for rate in _rates(bench, levels)
     ]
+
+
+def _rates(bench: Bench, levels: Sequence[int]) -> tuple[float, ...]:
+    """The grid; its highest rate only for single levels (on several it was worst throughout)."""
+    return bench.learning_rates if len(levels) == 1 else bench.learning_rates[:-1]
 
 
 def _growing(bench: Bench, sets: Sequence[Sequence[int]]) -> list[Candidate]:
@@ -93,7 +98,7 @@ def _growing(bench: Bench, sets: Sequence[Sequence[int]]) -> list[Candidate]:
             settings={"learning_rate": rate},
             path=_always([_train(bench, rate, levels) for levels in sets]),
         )
-        for rate in bench.learning_rates
+        for rate in _rates(bench, sets[-1])
     ]
 
 
@@ -191,7 +196,7 @@ def lp_ft(bench: Bench) -> Chosen:
             ),
         )
         for first in bench.learning_rates[-2:]
-        for rate in bench.learning_rates
+        for rate in _rates(bench, range(n))
         for k in (1, 2)
         if rate <= first and k < max(bench.horizon, 2)
     ]
@@ -236,7 +241,7 @@ def auto_rgn(bench: Bench) -> Chosen:
         bench,
         [
             Candidate(settings={"learning_rate": rate}, path=scaled(rate), probed=True)
-            for rate in bench.learning_rates
+            for rate in _rates(bench, levels)
         ],
     )
 

@@ -249,7 +249,7 @@ def plan_halving(
         max_stages: bound on all walks together; None: no bound.
         keep: candidates left at the end.
     """
-    bound = math.inf if max_stages is None else max_stages
+    bound = n_candidates * n_tasks * length if max_stages is None else max_stages
     options = itertools.product(
         range(n_candidates, 0, -1), range(length, 0, -1), range(n_tasks, 0, -1)
     )
@@ -261,7 +261,7 @@ def plan_halving(
 
 
 def _halving(
-    n_candidates: int, length: int, first: int, n_tasks: int, bound: float, keep: int
+    n_candidates: int, length: int, first: int, n_tasks: int, bound: int, keep: int
 ) -> Halving:
     sizes, met, stages = [n_candidates], [0], 0
     while sizes[-1] > keep:
@@ -270,7 +270,7 @@ def _halving(
         sizes.append(max(keep, math.ceil(sizes[-1] / 2)))
     if len(met) > 1 and stages <= bound:  # what is left goes to the last round
         price = sizes[-2] * length
-        more = int(min((bound - stages) // price, n_tasks - met[-1]))
+        more = min((bound - stages) // price, n_tasks - met[-1])
         met[-1] += more
         stages += more * price
     rounds = tuple(zip(met[1:], sizes[1:], strict=True))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the schema needs no torch: what imports it must not slow --
 ALGORITHM_NAMES = ("dqn",)
 """Algorithms that `rlhf_ray.algorithms` builds."""
 
-SWEPT = ("gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight")
+SWEPT: tuple[str, ...] = ("gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight")
 """The settings that a sweep varies; each takes one or more values."""
 
 ALWAYS_BASELINES = ("fixed", "full", "full_best", "head", "random")
@@ -50,6 +50,7 @@ class SearchConfig:
         budget: tuning cost per episode after which no stage is begun, full stages, > 0.
         seed: of the sweep: exploration, tasks drawn, networks; >= 0.
         replicas: replica seeds a policy is trained on and judged on, >= 1.
+        test_replicas: replica seeds of the final report on the test tasks, >= 1.
         performance: "gain": of the best val metric so far; "value": the metric itself.
         cost: "flops": tuning cost in full stages; "seconds": as measured.
         start: the level that acts first: "first", or "random" (seeded).
@@ -94,6 +95,7 @@ class SearchConfig:
     budget: float | None = None
     seed: int = 0
     replicas: int = 2
+    test_replicas: int = 3
     performance: Literal["gain", "value"] = "gain"
     cost: Literal["flops", "seconds"] = "flops"
     start: Literal["first", "random"] = "first"
@@ -215,8 +217,8 @@ def _default(f: "dataclasses.Field[Any]") -> Any:
 
 
 _AT_LEAST = {
-    "num_samples": 1, "episodes": 1, "horizon": 1, "seed": 0, "replicas": 1, "steps": 1,
-    "batch_size": 1, "val_size": 1, "num_workers": 1, "concurrent_trials": 1,
+    "num_samples": 1, "episodes": 1, "horizon": 1, "seed": 0, "replicas": 1, "test_replicas": 1,
+    "steps": 1, "batch_size": 1, "val_size": 1, "num_workers": 1, "concurrent_trials": 1,
     "stages_in_flight": 1, "env_runners": 0,
     "utility_cost": 0, "utility_switch": 0, "cache_gb": 0, "gpus_per_worker": 0,
 }  # fmt: skip

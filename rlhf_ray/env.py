@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
+from ray.rllib.utils.typing import MultiAgentDict
 
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.observations import Observer
@@ -82,9 +83,9 @@ class FineTuningEnv(MultiAgentEnv):
         self._stages = self._all_stages
         self._episode = -1
         self._state: State | None = None
-        names = list(self._spec.levels)
-        self.possible_agents = names
-        self.agents = names
+        names = [*self._spec.levels]
+        self.possible_agents = [*names]
+        self.agents = [*names]
         n_features = len(self._observer.names(self._spec))
         space = observation_space(n_features, self._spec.n_actions)
         self.observation_spaces = dict.fromkeys(names, space)
@@ -92,7 +93,7 @@ class FineTuningEnv(MultiAgentEnv):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[MultiAgentDict, MultiAgentDict]:
         """Starts an episode from the pretrained model."""
         self._episode = (options or {}).get("episode", self._episode + 1)
         task, replica, level = self._plan.draw(self._episode)
@@ -101,7 +102,9 @@ class FineTuningEnv(MultiAgentEnv):
         self._state = start_state(self._spec, outcome, task, replica, level)
         return self._observe(self._state), {}
 
-    def step(self, action_dict: dict[str, int]) -> tuple[dict[str, Any], ...]:
+    def step(
+        self, action_dict: MultiAgentDict
+    ) -> tuple[MultiAgentDict, MultiAgentDict, MultiAgentDict, MultiAgentDict, MultiAgentDict]:
         """Carries out the acting level's action."""
         assert self._state is not None, "reset comes before step"
         acting = self._spec.levels[self._state.level]
@@ -109,11 +112,11 @@ class FineTuningEnv(MultiAgentEnv):
         request = stage_request(self._spec, self._state, action)
         outcome = None if request is None else self._stages.outcome(request).outcome
         self._state, step = advance(self._spec, self._state, action, outcome)
-        ended = {"__all__": self._state.terminated}
-        seen = self._observe(self._state)
-        return seen, {acting: step.reward}, ended, {"__all__": False}, {}
+        rewards: MultiAgentDict = {acting: step.reward}
+        ended: MultiAgentDict = {"__all__": self._state.terminated}
+        return self._observe(self._state), rewards, ended, {"__all__": False}, {}
 
-    def _observe(self, state: State) -> dict[str, Any]:
+    def _observe(self, state: State) -> MultiAgentDict:
         return {
             self._spec.levels[state.level]: {
                 "features": self._observer.observe(self._spec, state),

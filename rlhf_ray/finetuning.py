@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rlhf_ray.evaluation import Run, known, report, roll_out, run_of
+from rlhf_ray.evaluation import Run, known, report, run_of
 from rlhf_ray.loaded_model import EngineSettings
 from rlhf_ray.observations import Observer
 from rlhf_ray.operations import Operation, operation_as_json, operations_from_json
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policy import Policy
 from rlhf_ray.process import ProcessSettings, ProcessSpec, State, Step
+from rlhf_ray.rollouts import roll_out
 from rlhf_ray.stage_tree import LocalStages
 from rlhf_ray.stages import Engine
 from rlhf_ray.tasks import Metric, Suite, Task

@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "horizon", "budget", "performance", "cost", "start", "observation", "steps", "batch_size",
         "optimizer", "learning_rates", "keep_optimizer_state",
     ),
-    "judging": ("utility_cost", "utility_switch", "baselines", "val_size"),
+    "judging": ("utility_cost", "utility_switch", "baselines", "val_size", "test_replicas"),
     "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),
     "cluster": (
         "address", "num_workers", "cpus_per_worker", "gpus_per_worker", "concurrent_trials",
@@ -144,13 +144,13 @@ def _dry_run(options: SuiteOptions, config: SearchConfig, terminal: Terminal) ->
     from rlhf_ray.sweep import plan
 
     config = with_defaults(config, suite.defaults)
-    planned = plan(suite, config)
+    planned = plan(suite, config, timed=True)
     _show_header(terminal, suite, config, planned)
     highest, distinct = planned.n_stages_estimate
     needed_s = planned.seconds_estimate
     terminal.message(
         f"At most {number(highest)} stages, about {number(distinct)} of them distinct; "
-        + (f"about {duration(needed_s)}." if needed_s is not None else "time not known yet.")
+        + ("time not measured." if needed_s is None else f"about {duration(needed_s)} for them.")
     )
     for trial in planned.trials:
         terminal.message("  " + ", ".join(f"{name} {value}" for name, value in trial.items()))
@@ -187,9 +187,9 @@ def _search(
     )
     terminal.end_phase()
     _show_result(terminal, result, suite_options, config)
-    if not result.finished:
-        done = sum(trial["status"] == "done" for trial in result.trials)
-        terminal.say(f"The time is up: {done} of {len(result.trials)} trials are done.")
+    waiting = sum(trial["status"] == "waiting" for trial in result.trials)
+    if waiting:
+        terminal.say(f"The time is up: {waiting} of {len(result.trials)} trials are still to do.")
         terminal.show_lines("This goes on with the rest:", f"  {again}")
     return result.summary, TRIALS_FAILED if result.failures else OK
 
@@ -225,6 +225,7 @@ def _show_result(
 
     about = result.sweep["metric"]
     metric = str(about["name"])
+    unit = "seconds" if config.cost == "seconds" else "full stages"
     done = any(trial["status"] == "done" for trial in result.trials)
     best = result.best_trial if done else None
     terminal.show("")
@@ -234,11 +235,11 @@ def _show_result(
         terminal.message(f"trial {failure['name']} failed: {reason}")
     if done:
         terminal.show("")
-        terminal.show(front_table(result.front(), metric=metric))
+        terminal.show(front_table(result.front(), metric=metric, unit=unit))
     methods = result.summary.get("methods", {})
     if methods:
         terminal.show("")
-        terminal.show(methods_table(result.methods(), metric=metric))
+        terminal.show(methods_table(result.methods(), metric=metric, unit=unit))
         terminal.show("")
         better = bool(about["higher_is_better"])
         terminal.say(comparison(methods, metric=metric, higher_is_better=better))
@@ -246,7 +247,7 @@ def _show_result(
         terminal.message(stages_account(result.summary["stages"]))
     if methods:
         _show_next_steps(terminal, result, options, config)
-    elif result.finished:
+    elif len(result.failures) == len(result.trials):
         terminal.say("No trial ended well: there is no policy.")
 
 

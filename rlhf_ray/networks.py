@@ -154,17 +154,26 @@ class LevelQNetworks(nn.Module):
         Returns:
             (M, B, A) float32.
         """
-        n_members = self.settings.n_members
-        batch = features_BF.shape[0]
-        depth = len(self.settings.hidden)
-        x = features_BF.expand(n_members * len(self.encoders), *features_BF.shape)
-        for i in range(depth):
+        shape, batch = self.settings, features_BF.shape[0]
+        n_encoders = len(self.encoders)
+        x = features_BF.expand(n_encoders * shape.n_members, *features_BF.shape)
+        for i in range(len(shape.hidden)):
             x = torch.relu(_stacked([encoder[i] for encoder in self.encoders], x))  # pyright: ignore[reportIndexIssue]
-        if len(self.encoders) == 1:
-            x = x.repeat(len(self.heads), 1, 1)
-        x = _stacked(list(self.heads), x).view(len(self.heads), n_members, batch, -1)
-        index_1MBA = level_B.view(1, 1, -1, 1).expand(1, n_members, batch, x.shape[-1])
-        return _q_values(x.gather(0, index_1MBA)[0], self.settings)
+        if n_encoders == 1:
+            # all heads side by side on one encoding: (M, B, L * n_out)
+            weight = torch.cat([head.weight for head in self._heads()], dim=-1)
+            bias = torch.cat([head.bias for head in self._heads()], dim=-1)
+            out = torch.baddbmm(bias, x, weight)
+            out_MBLO = out.view(shape.n_members, batch, shape.n_levels, -1)
+        else:
+            out = _stacked(self._heads(), x).view(shape.n_levels, shape.n_members, batch, -1)
+            out_MBLO = out.permute(1, 2, 0, 3)
+        n_out = out_MBLO.shape[-1]
+        index_MB1O = level_B.view(1, -1, 1, 1).expand(shape.n_members, -1, 1, n_out)
+        return _q_values(out_MBLO.gather(2, index_MB1O).squeeze(2), shape)
+
+    def _heads(self) -> list[Any]:
+        return list(self.heads)
 
 
 def pessimistic(values_MBA: Tensor, pessimism: float) -> Tensor:

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from rlhf_ray.descriptors import Moments
 from rlhf_ray.digests import digest
 from rlhf_ray.errors import InputError
 from rlhf_ray.networks import LevelQNetworks, NetworkSettings, masked
@@ -30,6 +31,9 @@ SCHEMA_VERSION = 1
 
 JSON_NAME = "policy.json"
 WEIGHTS_NAME = "policy.safetensors"
+
+MOMENTS = "source_moments/"
+"""Begins the names of the activation moments among the tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class Policy:
         network: shape of the levels' networks.
         weights: their state dict.
         metadata: JSON-able: package versions, the configuration that made the policy, ...
+        source_moments: per level, mean and variance (F,) of the pretrained model's activations on
+            the source data, which the observation's activation shift is against; None without.
     """
 
     levels: tuple[str, ...]
@@ -52,6 +58,7 @@ class Policy:
     network: NetworkSettings
     weights: Mapping[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    source_moments: Moments | None = None
 
     def __post_init__(self) -> None:
         shape = self.network
@@ -126,8 +133,9 @@ class Policy:
         Returns:
             The path of the `policy.json`.
         """
+        tensors = {**self.weights, **_moments_by_name(self.source_moments)}
         weights = save_tensors(
-            {name: value.detach().cpu().contiguous() for name, value in self.weights.items()}
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         )
         content = {
             "schema_version": SCHEMA_VERSION,
@@ -178,9 +186,27 @@ class Policy:
             features=tuple(content["features"]),
             operations=tuple(content["operations"]),
             network=NetworkSettings.from_json(content["network"]),
-            weights=weights,
+            weights={n: v for n, v in weights.items() if not n.startswith(MOMENTS)},
             metadata=content["metadata"],
+            source_moments=_moments_of(weights, len(content["levels"])),
         )
+
+
+def _moments_by_name(moments: Moments | None) -> dict[str, Tensor]:
+    return {
+        f"{MOMENTS}{level}/{name}": value
+        for level, pair in enumerate(moments or [])
+        for name, value in zip(("mean", "variance"), pair, strict=True)
+    }
+
+
+def _moments_of(tensors: Mapping[str, Tensor], n_levels: int) -> Moments | None:
+    if not any(name.startswith(MOMENTS) for name in tensors):
+        return None
+    return [
+        (tensors[f"{MOMENTS}{level}/mean"], tensors[f"{MOMENTS}{level}/variance"])
+        for level in range(n_levels)
+    ]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

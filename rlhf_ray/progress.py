@@ -1,4 +1,4 @@
-"""How long work says where it is: the interface that the sweep calls, and the one that is silent."""
+"""How long work says where it is: the interface it calls, and the one that is silent."""
 
 from typing import Protocol
 

@@ -8,7 +8,7 @@ import torch
 
 def library_versions() -> dict[str, str]:
     """Versions of this package and of those its figures depend on."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in ("rlhf_ray", "ray", "torchvision", "numpy"):
         try:
             found[package] = version(package)

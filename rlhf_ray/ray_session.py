@@ -1,4 +1,4 @@
-"""The Ray that a sweep runs on: one that is there, or a local one for as long as the sweep lasts."""
+"""The Ray that a sweep runs on: one that is there, or a local one while the sweep lasts."""
 
 import functools
 import logging

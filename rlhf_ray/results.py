@@ -4,9 +4,8 @@ Under the storage path, per sweep: `sweep.json` (what was asked for, and its sta
 trial with `trial.json` and the policy, `baselines.json`, `summary.json`, and the best policy.
 """
 
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,7 @@ class SearchResult:
     def front(self) -> pd.DataFrame:
         """The trials that no other beats in both metric and cost, cheapest first."""
         table = self.table()
-        return table[table["on_front"]].sort_values("cost").reset_index(drop=True)
+        return table.loc[table["on_front"]].sort_values(by="cost").reset_index(drop=True)
 
     def methods(self) -> pd.DataFrame:
         """A row per method on the test tasks: policy and baselines, best utility first."""
@@ -161,7 +160,7 @@ class SearchResult:
 
 
 def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
-    """The sweeps under a storage path: name, suite, state, trials done and planned, best utility."""
+    """The sweeps under a storage path: name, suite, state, trials, best utility, path."""
     storage = open_storage(storage_path)
     names = sorted(
         {
@@ -198,8 +197,3 @@ def _row(trial: Mapping[str, Any]) -> dict[str, Any]:
     judged = trial.get("judged") or {}
     figures = {name: judged.get(name) for name in ("metric", "cost", "switches", "utility")}
     return {"trial": trial["name"], "status": trial["status"], **trial["values"], **figures}
-
-
-def as_json_text(value: Mapping[str, Any] | Sequence[Any]) -> str:
-    """Indented JSON as it stands in files."""
-    return json.dumps(value, indent=1)

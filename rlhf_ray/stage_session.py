@@ -143,6 +143,19 @@ class Session:
         scales = zip(self.levels, settings.level_scales, strict=True)
         return {name: scale for level, scale in scales for name in names[level]}
 
+    def _groups(
+        self, settings: Train, parameters: dict[str, nn.Parameter]
+    ) -> list[tuple[float, list[nn.Parameter]]]:
+        """(learning rate, parameters) of each level."""
+        scales = settings.level_scales or (1.0,) * self._loaded.split.n_levels
+        return [
+            (
+                settings.learning_rate * scales[level],
+                [parameters[n] for n in self._loaded.split.parameters[level] if n in parameters],
+            )
+            for level in self.levels
+        ]
+
     def _modules(self) -> list[nn.Module]:
         names = [name for level in self.levels for name in self._loaded.split.modules[level]]
         return [self._loaded.model.get_submodule(name) for name in names]

@@ -205,7 +205,7 @@ class _Call:
             outcome=outcome,
             executed=outcome.key in self._executed,
             carried_out=tuple(self._carried_out),
-            recomputed=len(self._recomputed),
+            recomputed=tuple(self._recomputed),
             spent_s=self._spent_s,
         )
 

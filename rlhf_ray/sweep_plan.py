@@ -46,7 +46,7 @@ def plan_trials(config: SearchConfig) -> list[PlannedTrial]:
             points = [p for p in points if _n_high(p, values) % 2 == 0]
     trials = []
     for number, point in enumerate(points):
-        chosen = dict(zip(SWEPT, map(float, point), strict=True))
+        chosen: TrialConfig = dict(zip(SWEPT, map(float, point), strict=True))
         trials.append(PlannedTrial(name=f"{number:03d}-{digest(chosen)[:6]}", values=chosen))
     return trials
 

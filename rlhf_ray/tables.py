@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from rlhf_ray.terminal import duration, number, printable, shortened
 
@@ -27,15 +26,15 @@ NAMED_IN_WORDS = ("full_best", "full", "fixed", "random")
 SHORT = {
     "gamma": "gamma",
     "epsilon": "eps",
-    "tuning_cost_weight": "w tune",
-    "switch_cost_weight": "w switch",
+    "tuning_cost_weight": "w cost",
+    "switch_cost_weight": "w swi",
 }
 """Headers of the swept settings."""
 
 
 def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Table:
     """The trials, best utility first; `best` is marked with *, the front with f."""
-    headers = ("", "trial", *SHORT.values(), metric, "cost", "switches", "utility")
+    headers = ("", "trial", *SHORT.values(), metric, "cost", "switch", "utility")
     shown = _table("Trials, judged on the val tasks", headers, left=2)
     ordered = table.sort_values("utility", ascending=False, na_position="last")
     for row in ordered.head(MAX_ROWS).to_dict("records"):
@@ -54,17 +53,18 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Tab
     return shown
 
 
-def front_table(front: "pd.DataFrame", *, metric: str) -> Table:
+def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Table:
     """The trials that no other beats in both metric and cost, cheapest first."""
     shown = _table(f"Front of {metric} against cost", ("cost", metric, "utility", "trial"), left=0)
+    shown.columns[3].justify = "left"
     for row in front.head(MAX_ROWS).to_dict("records"):
         figures = (_figure(row[name]) for name in ("cost", "metric", "utility"))
         shown.add_row(*figures, shortened(str(row["trial"]), 30))
-    shown.caption = "cost in full stages" + _left_out(len(front))
+    shown.caption = f"cost in {unit}" + _left_out(len(front))
     return shown
 
 
-def methods_table(methods: "pd.DataFrame", *, metric: str) -> Table:
+def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
     """The policy and the baselines on the test tasks, in the order given."""
     headers = ("method", metric, "+-", "cost", "switches", "utility", "rank")
     shown = _table("Methods on the test tasks", headers, left=1)
@@ -76,19 +76,19 @@ def methods_table(methods: "pd.DataFrame", *, metric: str) -> Table:
         "utility_mean",
         "rank_mean",
     )
-    for name, row in methods.iterrows():
+    for name, row in methods.to_dict("index").items():
         shown.add_row(
             shortened(str(name), 26),
             *(_figure(row[column]) for column in columns),
             style="bold" if name == "policy" else "",
         )
-    shown.caption = "means over tasks; +- over replica seeds; cost in full stages"
+    shown.caption = f"+- over replica seeds; cost in {unit}"
     return shown
 
 
 def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
     """The sweeps under a storage path."""
-    shown = _table("Sweeps", ("name", "suite", "state", "trials", "best utility"), left=3)
+    shown = _table("Sweeps", ("name", "suite", "state", "trials", "utility"), left=3)
     for sweep in sweeps:
         shown.add_row(
             shortened(str(sweep["name"]), 28),
@@ -112,7 +112,9 @@ def trace_table(
         cost: of the whole.
         unit: of the costs.
     """
-    shown = _table("What was done", ("step", "level", "operation", f"val {metric}", "cost"), left=0)
+    shown = _table(
+        f"What was done, {metric} on val", ("step", "level", "operation", "val", "cost"), left=0
+    )
     for position in (1, 2):
         shown.columns[position].justify = "left"
     start_cost = cost - sum(record["cost"] for record in trace)
@@ -167,7 +169,7 @@ def copyable(command: Sequence[str], *, columns: int = 78) -> list[str]:
     r"""A shell command in lines that can be copied as they stand.
 
     >>> copyable(["run", "--name", "a b", "--list"], columns=16)
-    ["run --name \\", "    'a b' \\", '    --list']
+    ['run --name \\', "    'a b' \\", '    --list']
     """
     lines, line = [], ""
     for word in map(shlex.quote, command):
@@ -182,17 +184,18 @@ def copyable(command: Sequence[str], *, columns: int = 78) -> list[str]:
 def _table(title: str, headers: Sequence[str], *, left: int) -> Table:
     """An empty table; the first `left` columns are names, the others figures."""
     table = Table(
-        title=Text(title, style="bold"),
+        title=shortened(title, 60),
+        title_style="bold",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
     )
     for position, header in enumerate(headers):
         justify = "left" if position < left else "right"
-        table.add_column(shortened(header, 12), justify=justify, no_wrap=True)
+        table.add_column(shortened(header, 8), justify=justify, no_wrap=True)
     return table
 
 

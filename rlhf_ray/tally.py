@@ -24,14 +24,14 @@ class Answer:
         outcome: the one that stands, whoever carried it out.
         executed: this call carried the request out.
         carried_out: keys of all stages that this call carried out, missing ancestors included.
-        recomputed: stages run again because their weights were evicted; not in `carried_out`.
+        recomputed: keys of stages run again for their evicted weights; not in `carried_out`.
         spent_s: seconds of everything that this call ran, recomputations included.
     """
 
     outcome: Outcome
     executed: bool = False
     carried_out: tuple[str, ...] = ()
-    recomputed: int = 0
+    recomputed: tuple[str, ...] = ()
     spent_s: float = 0.0
 
 
@@ -73,7 +73,7 @@ class Tally:
         self.logical_s += answer.outcome.time_s
         self.executed += len(answer.carried_out)
         self.keys.update(answer.carried_out)
-        self.recomputed += answer.recomputed
+        self.recomputed += len(answer.recomputed)
         self.spent_s += answer.spent_s
 
     def merge(self, other: "Tally") -> None:
@@ -139,6 +139,7 @@ class TalliedStages:
         """The same provider and tally, in a namespace inside this one's."""
         inner = copy.copy(self)
         inner._namespace = f"{self._namespace}/{name}"
+        inner._lock = self._lock  # one tally, one lock
         return inner
 
     def outcome(self, request: StageRequest) -> Answer:

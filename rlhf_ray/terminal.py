@@ -3,6 +3,7 @@
 `Terminal` is the `progress.Progress` of the commands. What is shown at the end stands in `tables`.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -38,8 +39,8 @@ class Terminal:
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        file = file or sys.stdout
-        live = file.isatty()
+        file = sys.stdout if file is None else file
+        live = bool(file and file.isatty())
         self.console = Console(
             file=file, force_terminal=live, width=None if live else WIDTH, highlight=False
         )
@@ -49,6 +50,7 @@ class Terminal:
         self._live: Live | None = None
         self._animated = live and not self.console.is_dumb_terminal
         self._last_plain_s = 0.0
+        self._last_plain = ""
 
     def __enter__(self) -> Self:
         return self
@@ -62,8 +64,8 @@ class Terminal:
         self.end_phase(finished=kind is None)
 
     def say(self, text: str) -> None:
-        """Prints a line, quiet or not."""
-        self.console.print(Text(printable(text)))
+        """Prints a text, quiet or not; if quiet, in one line."""
+        self.console.print(Text(printable(text)), soft_wrap=self.quiet)
 
     def show(self, content: RenderableType) -> None:
         """Prints a table, or a text (names in it are never taken for markup)."""
@@ -108,7 +110,9 @@ class Terminal:
 
     def _plain_line(self) -> None:
         assert self._phase
-        self._last_plain_s = self._clock()
+        if self._phase.figures() == self._last_plain:  # nothing has happened since
+            return
+        self._last_plain_s, self._last_plain = self._clock(), self._phase.figures()
         self.show(Text(self._phase.line()))
 
     def _render(self) -> RenderableType:
@@ -141,7 +145,12 @@ class _Phase:
             self._done = done
         self._counters = {**self._counters, **counters}
 
+    def figures(self) -> str:
+        return f"{self._name} {self._amount()} {self._counts()}"
+
     def line(self) -> str:
+        if self._first is None and self._total is None:
+            return f"{self._name} ..."
         parts = [f"{self._amount()} in {duration(self._elapsed_s())}", self._left(), self._counts()]
         return f"{self._name}: " + "; ".join(part for part in parts if part)
 
@@ -204,7 +213,8 @@ def printable(text: str) -> str:
     >>> printable("a\n b\x1b[2J")
     'a b?[2J'
     """
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    one_line = re.sub(r"\s*[^\S ]\s*", " ", text)
+    return "".join(c if c.isprintable() else "?" for c in one_line)
 
 
 def shortened(text: str, columns: int) -> Text:

@@ -55,7 +55,8 @@ def make_optimizer(
         ]
     if name == "adam":
         return torch.optim.Adam(values, lr=learning_rate, fused=True)
-    return torch.optim.SGD(values, lr=learning_rate, momentum=0.9, fused=True)
+    # not fused: that kernel fails where some levels bring a momentum and others start without
+    return torch.optim.SGD(values, lr=learning_rate, momentum=0.9)
 
 
 def load_optimizer_state(

@@ -35,7 +35,7 @@ _MAX_EPISODES = 10_000
 _MAX_OVERTAKEN = 16
 """A job that others overtook this often is next, whatever is at hand."""
 
-_RESTART_PATIENCE_S = 2.0
+_RESTART_PATIENCE_S = 5.0
 """How long an actor that starts anew waits for the workers to say what they run."""
 
 
@@ -185,19 +185,19 @@ class TreeActor:
         before = None if start is None else await self._answer(keys[:-1], start, "")
         answer = await self._dispatch(key, request, "")
         self._store.remember(answer.outcome)
-        self._note_use(answer.outcome, before)
+        self._note_use(answer, before)
         return answer if before is None else _joined(before, answer)
 
     async def _read(self, key: str) -> Outcome | None:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._reads, self._store.get, key)
 
-    def _note_use(self, outcome: Outcome, before: Answer | None) -> None:
+    def _note_use(self, answer: Answer, before: Answer | None) -> None:
         """Lets the store evict, in its own time."""
         if not self._evicts:
             return
-        used = dict.fromkeys([*(before.outcome.versions if before else ()), *outcome.versions])
-        versions = [version for version in used if version != PRETRAINED]
+        used = [*(before.outcome.versions if before else ()), *answer.outcome.versions]
+        versions = [v for v in dict.fromkeys([*used, *answer.recomputed]) if v != PRETRAINED]
         asyncio.get_running_loop().run_in_executor(self._evictions, self._store.use, versions)
 
     # -- dispatch ------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class TreeActor:
         worker.executed += len(answer.carried_out)
         worker.spent_s += answer.spent_s
         self._executed += len(answer.carried_out)
-        self._recomputed += answer.recomputed
+        self._recomputed += len(answer.recomputed)
         self._spent_s += answer.spent_s
 
     def _try_again(self, job: _Job, error: RlhfRayError) -> None:

@@ -68,6 +68,8 @@ def run_trials(
             storage_path=f"{context.storage.shown.rstrip('/')}/{context.sweep}",
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),
+            # a trial that is cut off starts again on the warm tree: nothing of it to save
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[watcher],
         ),
     )
@@ -106,6 +108,9 @@ class _Watcher(tune.Callback):
         self._episodes: dict[str, int] = {}
         self._logical: dict[str, int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks with the experiment; this one is never read back
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -142,16 +147,18 @@ class _Watcher(tune.Callback):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Tune's and RLlib's remarks from the user; Ctrl-C reaches the caller as it is."""
-    before = os.environ.get("TUNE_DISABLE_SIGINT_HANDLER")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.rllib", "ray")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    settings = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # failures are in the trials' records
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if before is None:
-            del os.environ["TUNE_DISABLE_SIGINT_HANDLER"]
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

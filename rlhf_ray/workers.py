@@ -269,7 +269,7 @@ def start_workers(
     replay_only: bool = False,
     max_weight_bytes: int | None = 20 * 2**30,
     memory_bytes: int = 2**30,
-    max_attempts: int = 3,
+    max_attempts: int = 5,
 ) -> StagesHandle:
     """Starts workers and the tree's actor on the running Ray; returns when one worker is up.
 
@@ -339,13 +339,13 @@ def start_workers(
 
 
 def _first_ready(workers: Sequence[Any], needs: str) -> Identity:
-    """Waits for the first worker; says what for, every 10 seconds."""
+    """Waits for the first worker; says what for, every 20 seconds."""
     waited_for = [worker.ready.remote() for worker in workers]
     while True:
-        ready, _ = ray.wait(waited_for, num_returns=1, timeout=10.0)
+        ready, _ = ray.wait(waited_for, num_returns=1, timeout=20.0)
         if not ready:
             _log.warning(
-                "Waiting for a worker (%s); the cluster has free: %s.",
+                "Still waiting for a first worker, which needs %s; the cluster has free: %s.",
                 needs,
                 {name: n for name, n in ray.available_resources().items() if "PU" in name},
             )

@@ -1,7 +1,7 @@
 """An engine of toy stages: fast, deterministic by key, and a log of what it ran.
 
 A file stands for each wish of a test: `log` gets a line "kind key" per run, `slow` holds the
-seconds that a stage lasts, `fail` the task whose stages raise.
+seconds that a stage lasts, while there is a `gate` stages wait, `fail` the task whose stages raise.
 """
 
 import os
@@ -89,6 +89,8 @@ class FakeEngine:
         for level, version in enumerate(parent.versions):
             self._weights(version, level, load)
         self._note("run", request)
+        while (self._folder / "gate").exists():
+            time.sleep(0.01)
         slow = self._folder / "slow"
         if slow.exists():
             time.sleep(float(slow.read_text()))

@@ -319,6 +319,16 @@ def test_metrics_are_few_and_flat_and_hold_the_environments_own(local_ray):
     assert "learners" not in result
 
 
+def test_a_trial_plays_its_episodes_and_no_more(local_ray):
+    algorithm = make(n_episodes=6)
+    results = [algorithm.train() for _ in range(2)]
+    assert [result["done"] for result in results] == [False, True]
+    assert [record["episode"] for record in episodes_of(results[1])] == [4, 5]
+    with pytest.raises(RlhfRayError, match="all were played"):
+        algorithm.train()
+    algorithm.stop()
+
+
 def test_an_error_of_the_environment_reaches_the_caller(local_ray):
     def creator(config):
         env = known_optimum_env(config["problem"], 7)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,8 +42,6 @@ def test_values_stay_near_one_on_an_ordinary_path():
 
 def test_values_stay_finite_when_figures_do_not():
     spec, found = states(metric=lambda path, task: 1e9 if path else -1e9)
-    from dataclasses import replace
-
     for loss in (math.nan, math.inf, -3.0, 1e30):
         bad = replace(found[1].outcome, loss=loss, train_loss=loss, diverged=True)
         vector = Observer().observe(spec, replace(found[1], outcome=bad))

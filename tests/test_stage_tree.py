@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from fake_engine import IDENTITY, FakeEngine, ran, request
+from torch import nn
 
 from rlhf_ray.errors import StageError
 from rlhf_ray.outcomes import Outcome, StageRequest
 from rlhf_ray.stage_tree import LocalStages
+from rlhf_ray.stages import Engine
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tally import Tally
+from rlhf_ray.tasks import Suite, Task
 from rlhf_ray.tree_store import TreeStore
 
 
@@ -85,7 +88,7 @@ def test_recomputed_weights_lead_to_the_same_outcome(tmp_path: Path) -> None:
     answer = stages.outcome(path)
     assert answer.outcome == undisturbed
     assert answer.executed and answer.carried_out == (key(path),)
-    assert answer.recomputed > 0
+    assert answer.recomputed
     assert open_storage(tmp_path / "runs").list("tree") and store.states(key(path)) is None
 
 
@@ -97,7 +100,7 @@ def test_recompute_goes_back_to_the_nearest_kept_ancestor_only(tmp_path: Path) -
         storage.delete(f"tree/{key(asked)[:2]}/{key(asked)}.safetensors")
     forget(stages)
     answer = stages.outcome(request(0, 1, 2, 0))
-    assert answer.recomputed == 2 and answer.carried_out == (key(request(0, 1, 2, 0)),)
+    assert len(answer.recomputed) == 2 and answer.carried_out == (key(request(0, 1, 2, 0)),)
     assert ran(tmp_path).count(key(request(0))) == 1
     assert ran(tmp_path).count(key(request(0, 1))) == 2
 
@@ -161,6 +164,41 @@ def test_replicas_and_tasks_do_not_share_but_their_start(tmp_path: Path) -> None
     a, b = (stages.outcome(request(0, replica=r)).outcome for r in (0, 1))
     assert a.metric != b.metric
     assert len(ran(tmp_path, "start")) == 1
+
+
+def test_real_engine_without_lasting_weights_gives_the_same(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(96, 6, generator=generator), torch.arange(96) % 3
+    task = Task(name="task0", train=(x, y), val=(x, y), test=(x, y))
+    others = [Task(name=f"other{i}", train=(x, y), val=(x, y), test=(x, y)) for i in range(2)]
+    suite = Suite(
+        name="tiny",
+        model=nn.Sequential(
+            nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+        ),
+        levels={"conv": ["0"], "dense": ["2"], "head": ["4"]},
+        train_tasks=[task],
+        val_tasks=others[:1],
+        test_tasks=others[1:],
+    )
+    paths = [request(*(0, 2, 2, 1, 0)[:n]) for n in range(6)]
+    kept = LocalStages(Engine(suite))
+    lost = LocalStages(Engine(suite), tree(tmp_path, max_weight_bytes=0), memory_bytes=0)
+    stored = LocalStages(Engine(suite), TreeStore(open_storage(tmp_path / "b")), memory_bytes=0)
+    n_recomputed = 0
+    for path in paths:
+        answers = [stages.outcome(path) for stages in (kept, lost, stored)]
+        figures = [(a.outcome.metric, a.outcome.loss, a.outcome.versions) for a in answers]
+        assert figures[0] == figures[1] == figures[2]
+        # an engine that has only just started must not need what the others have at hand
+        lost = LocalStages(Engine(suite), tree(tmp_path, max_weight_bytes=0), memory_bytes=0)
+        stored.engine = Engine(suite)
+        n_recomputed += len(answers[1].recomputed)
+        assert not answers[2].recomputed
+    assert n_recomputed > 0
+    models = [stages.state_dict(paths[-1]) for stages in (kept, lost, stored)]
+    for name, value in models[0].items():
+        assert torch.equal(value, models[1][name]) and torch.equal(value, models[2][name])
 
 
 # -- unshared ----------------------------------------------------------------------------------

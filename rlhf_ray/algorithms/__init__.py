@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALGORITHMS: Mapping[str, str] = {"dqn": "rlhf_ray.algorithms.dqn"}
-"""Name -> module with `build(...)`, `network_settings(...)` and `level_weights(...)`."""
+"""Name -> module with `build`, which takes `build_algorithm`'s arguments but the name. The
+algorithm it returns has a method `level_weights()` and the results that `episodes_of` reads."""
 
 
 def check_algorithm(name: str) -> None:
@@ -46,6 +47,8 @@ def build_algorithm(
 ) -> "Algorithm":
     """Builds an algorithm, ready for `train()`. Starts Ray if none runs.
 
+    Sets torch to one thread in this process: the networks are too small to gain from more.
+
     Args:
         name: one of `ALGORITHMS`.
         env_creator: makes an environment (see the module) from its configuration. It is neither
@@ -58,7 +61,7 @@ def build_algorithm(
 
     Returns:
         The algorithm, untrained. Each `train()` plays `episodes_per_iteration` episodes and
-        returns the metrics listed in its module.
+        returns the metrics listed in its module; after the last one `done` is true.
 
     Raises:
         InputError: unknown algorithm or setting.

@@ -4,7 +4,7 @@ One iteration (`train()`): play `episodes_per_iteration` episodes, store their t
 `updates_per_step` updates per new transition on batches drawn from everything seen so far, and
 send the weights to the env runners. Its result holds, and nothing else of RLlib's:
 
-- `episodes`, `environment_steps`, `updates`: so far, in this trial;
+- `episodes`, `environment_steps`, `updates`: so far, in this trial; `done`: all were played;
 - `epsilon`, `return_mean`, `return_min`, `return_max`, `length_mean`: of this iteration's episodes
   (returns undiscounted, explored);
 - `loss`, `td_error`, `q_value`: means over this iteration's updates;
@@ -107,7 +107,11 @@ class HandoverDQN(DQN):
         settings, counts = self._settings, self._trial_counts
         began = time.perf_counter()
         first = counts["episodes"]
-        episodes = self._play(first, first + settings.episodes_per_iteration)
+        if first >= settings.n_episodes:
+            raise RlhfRayError(f"a trial has {settings.n_episodes} episodes; all were played.")
+        episodes = self._play(
+            first, min(first + settings.episodes_per_iteration, settings.n_episodes)
+        )
         played = time.perf_counter()
         n_steps = sum(len(episode) for episode in episodes)
         n_updates = max(1, round(settings.updates_per_step * n_steps))
@@ -116,6 +120,7 @@ class HandoverDQN(DQN):
         counts["environment_steps"] += n_steps
         self._metrics_of_iteration = {
             **counts,
+            "done": counts["episodes"] >= settings.n_episodes,
             **_episode_metrics(episodes),
             **learned,
             "sample_s": played - began,
@@ -220,6 +225,19 @@ def build(
 ) -> HandoverDQN:
     """Builds the algorithm; see `rlhf_ray.algorithms.build_algorithm`."""
     quiet_rllib()
+    config = _config(levels, n_features, n_actions, settings)
+    config.environment(
+        env=MultiAgentEnv,  # a name only: the runner makes its environments from the factory
+        env_config={"factory": EnvFactory(env_creator, env_config)},
+        disable_env_checking=True,
+    )
+    _override(config, settings)
+    return HandoverDQN(config=config)
+
+
+def _config(
+    levels: tuple[str, ...], n_features: int, n_actions: int, settings: AlgorithmSettings
+) -> Any:
     network = network_settings(
         "dqn", n_levels=len(levels), n_features=n_features, n_actions=n_actions, settings=settings
     )
@@ -230,13 +248,7 @@ def build(
         }
     )
     config: Any = HandoverDQNConfig()
-    config.settings = settings
-    config.levels = levels
-    config.environment(
-        env=MultiAgentEnv,  # a name only: the runner makes its environments from the factory
-        env_config={"factory": EnvFactory(env_creator, env_config)},
-        disable_env_checking=True,
-    )
+    config.settings, config.levels = settings, levels
     config.framework("torch")
     config.env_runners(
         env_runner_cls=NumberedEpisodesRunner,
@@ -245,9 +257,13 @@ def build(
         batch_mode="complete_episodes",
         sample_timeout_s=None,
     )
-    config.training(gamma=settings.gamma, lr=settings.learning_rate, grad_clip=10.0)
+    config.training(
+        gamma=settings.gamma,
+        lr=settings.learning_rate,
+        grad_clip=10.0,
+        learner_class=HandoverLearner,
+    )
     config.learners(num_learners=0, num_gpus_per_learner=0)
-    config.training(learner_class=HandoverLearner)
     config.multi_agent(policies=list(levels), policy_mapping_fn=level_of_agent)
     config.rl_module(
         rl_module_spec=levels_spec(
@@ -257,8 +273,7 @@ def build(
     config.reporting(min_sample_timesteps_per_iteration=0, min_time_s_per_iteration=0)
     # no seed: RLlib would seed the whole process, and every draw here has a generator of its own
     config.debugging(log_level="ERROR")
-    _override(config, settings)
-    return HandoverDQN(config=config)
+    return config
 
 
 def _override(config: Any, settings: AlgorithmSettings) -> None:

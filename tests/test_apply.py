@@ -1,0 +1,178 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sweep_files import small_suite
+
+from rlhf_ray import apply
+from rlhf_ray.config import SearchConfig
+from rlhf_ray.loaded_model import EngineSettings
+from rlhf_ray.networks import LevelQNetworks, NetworkSettings
+from rlhf_ray.observations import Observer, as_groups
+from rlhf_ray.operations import operation_as_json
+from rlhf_ray.policy import JSON_NAME, WEIGHTS_NAME, Policy
+from rlhf_ray.process import ProcessSpec
+
+
+@pytest.fixture
+def policy(tmp_path) -> Path:
+    """An untrained policy for the small suite, saved."""
+    config, levels = SearchConfig(steps=2, batch_size=8), ("low", "head")
+    spec = ProcessSpec(levels=levels, operations=config.operations(), reference_flops=1.0)
+    observer = Observer(groups=as_groups("all"), tasks=())
+    features = observer.names(spec)
+    network = NetworkSettings(
+        n_levels=2, n_features=len(features), n_actions=spec.n_actions, hidden=(8,)
+    )
+    made = Policy(
+        levels=levels,
+        features=features,
+        operations=tuple(operation_as_json(operation) for operation in spec.operations),
+        network=network,
+        weights=LevelQNetworks(network, seed=1).state_dict(),
+        metadata={
+            "process": {
+                "horizon": 3,
+                "performance": "gain",
+                "cost": "flops",
+                "budget": None,
+                "groups": list(observer.groups),
+                "tasks": [],
+                "precision": "fp32",
+                "val_size": EngineSettings().val_size,
+            }
+        },
+    )
+    return made.save(tmp_path / "policy").parent
+
+
+def run_main(policy, *arguments, task="test-0"):
+    return apply.main(
+        ["--suite", "sweep_files:small_suite", "--policy", str(policy), "--task", task, *arguments]
+    )
+
+
+def test_apply_shows_what_was_done_and_saves_the_weights(policy, tmp_path, capsys):
+    output = tmp_path / "tuned.safetensors"
+    output.write_text("what was there before")
+    assert run_main(policy, "--output", str(output)) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "What was done, accuracy on val" in captured.out
+    assert "val accuracy 0." in captured.out
+    assert "full stages" in captured.out
+    assert f"The tuned weights are in {output}" in captured.out
+    lines = captured.out.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    tuned, model = load_file(output), small_suite().model
+    model.load_state_dict(tuned)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy", "tuned.safetensors"]
+
+
+def test_apply_needs_no_ray(policy, tmp_path):
+    code = (
+        "import sys; from rlhf_ray import apply; status = apply.main(sys.argv[1:]); "
+        "assert 'torch' in sys.modules; assert 'ray' not in sys.modules; sys.exit(status)"
+    )
+    arguments = ["--suite", "sweep_files:small_suite", "--policy", str(policy), "--task", "val-0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--quiet"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("val accuracy ")
+    assert done.stdout.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_json_holds_the_figures_and_the_same_replica_gives_the_same(policy, capsys):
+    answers = []
+    for replica in ("1", "1", "2"):
+        assert run_main(policy, "--json", "--replica", replica) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    for answer in answers:
+        for step in answer["trace"]:
+            del step["time_s"]
+    first, again, _ = answers
+    assert first == again
+    assert first["task"] == "test-0"
+    assert first["cost"] >= sum(step["cost"] for step in first["trace"])
+    assert 0 <= first["start_metric"] <= first["val_metric"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "test-1"}, "got task='test-1'. Did you mean"),
+        ({"output": "none/tuned.safetensors"}, "output must lie in a folder that exists"),
+        ({"output": "."}, "output must be a file"),
+        ({"replica": "-1"}, "replica must be at least 0, got replica=-1."),
+        ({"device": "gpu"}, "--device must be one that exists"),
+        ({"suite": "sweep_files:smal_suite"}, "Did you mean 'small_suite'?"),
+        ({"policy": "none"}, "a policy must be a directory with"),
+    ],
+)
+def test_bad_input_is_one_line(policy, arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"suite": "sweep_files:small_suite", "policy": str(policy), "task": "test-0"}
+    words = [
+        word for name, value in {**given, **arguments}.items() for word in (f"--{name}", value)
+    ]
+    assert apply.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_what_must_be_given_is_asked_for(capsys):
+    assert apply.main(["--task", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: --policy must be given (folder with")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / WEIGHTS_NAME).write_bytes(b"cut"), "its checksum differs"),
+        (lambda p: (p / JSON_NAME).write_text("{"), "a policy's files must be whole"),
+        (lambda p: (p / WEIGHTS_NAME).unlink(), "a policy must be a directory with"),
+    ],
+)
+def test_a_damaged_policy_is_refused(policy, damage, message, capsys):
+    damage(policy)
+    assert run_main(policy) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_policy_for_other_levels_is_refused(policy, capsys, monkeypatch):
+    import dataclasses
+
+    suite = dataclasses.replace(small_suite(), levels={"low": ["0"], "top": ["2"]})
+    monkeypatch.setattr("rlhf_ray.suites.load_suite", lambda name, **_: suite)
+    assert run_main(policy) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "made for the same levels" in error
+
+
+def test_the_tuned_model_has_the_reported_metric(policy, tmp_path, capsys):
+    output = tmp_path / "tuned.safetensors"
+    assert run_main(policy, "--json", "--output", str(output)) == 0
+    answer, suite = json.loads(capsys.readouterr().out), small_suite()
+    suite.model.load_state_dict(load_file(output))
+    x, y = suite.task("test-0").test
+    with torch.no_grad():
+        measured = (suite.model.eval()(x).argmax(1) == y).float().mean().item()
+    assert measured == pytest.approx(answer["test_metric"])
