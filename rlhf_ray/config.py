@@ -49,8 +49,8 @@ class SearchConfig:
         horizon: stages per episode at most, >= 1.
         budget: tuning cost per episode after which no stage is begun, full stages, > 0.
         seed: of the sweep: exploration, tasks drawn, networks; >= 0.
-        replicas: replica seeds a policy is trained on and judged on, >= 1.
-        test_replicas: replica seeds of the final report on the test tasks, >= 1.
+        replicas: replica seeds that policies are trained on, >= 1.
+        judge_replicas: replica seeds that figures on val and test tasks are means over, >= 1.
         performance: "gain": of the best val metric so far; "value": the metric itself.
         cost: "flops": tuning cost in full stages; "seconds": as measured.
         start: the level that acts first: "first", or "random" (seeded).
@@ -94,8 +94,8 @@ class SearchConfig:
     horizon: int = 5
     budget: float | None = None
     seed: int = 0
-    replicas: int = 2
-    test_replicas: int = 3
+    replicas: int = 1
+    judge_replicas: int = 3
     performance: Literal["gain", "value"] = "gain"
     cost: Literal["flops", "seconds"] = "flops"
     start: Literal["first", "random"] = "first"
@@ -217,7 +217,7 @@ def _default(f: "dataclasses.Field[Any]") -> Any:
 
 
 _AT_LEAST = {
-    "num_samples": 1, "episodes": 1, "horizon": 1, "seed": 0, "replicas": 1, "test_replicas": 1,
+    "num_samples": 1, "episodes": 1, "horizon": 1, "seed": 0, "replicas": 1, "judge_replicas": 1,
     "steps": 1, "batch_size": 1, "val_size": 1, "num_workers": 1, "concurrent_trials": 1,
     "stages_in_flight": 1, "env_runners": 0,
     "utility_cost": 0, "utility_switch": 0, "cache_gb": 0, "gpus_per_worker": 0,

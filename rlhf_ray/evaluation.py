@@ -14,11 +14,6 @@ from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.process import ProcessSpec, State, Step
 from rlhf_ray.rollouts import THREADS, Act, Episode, Stages, concurrently, roll_out
 
-__all__ = [
-    "Episode", "Player", "Run", "Stages", "Utility", "compare", "concurrently", "front", "judge",
-    "known", "mean", "report", "roll_out", "run_of", "summary_of",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class Utility:

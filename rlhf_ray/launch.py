@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "horizon", "budget", "performance", "cost", "start", "observation", "steps", "batch_size",
         "optimizer", "learning_rates", "keep_optimizer_state",
     ),
-    "judging": ("utility_cost", "utility_switch", "baselines", "val_size", "test_replicas"),
+    "judging": ("utility_cost", "utility_switch", "baselines", "val_size", "judge_replicas"),
     "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),
     "cluster": (
         "address", "num_workers", "cpus_per_worker", "gpus_per_worker", "concurrent_trials",
@@ -207,7 +207,7 @@ def _show_header(
     terminal.message(f"suite    {suite.name}: levels {levels}; tasks {tasks}")
     terminal.message(
         f"sweep    {len(planned.trials)} trials of {config.episodes} episodes with "
-        f"{config.algorithm}; at most {config.horizon} stages each; {config.replicas} replica seeds"
+        f"{config.algorithm}; at most {config.horizon} stages each; {config.judge_replicas} replica seeds"
     )
     terminal.show_lines(f"results  {planned.directory}")
 

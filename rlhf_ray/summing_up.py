@@ -34,7 +34,7 @@ def sum_up(
         What `summary.json` holds, but for the wall time.
     """
     config = context.config
-    replicas = range(config.test_replicas)
+    replicas = range(config.judge_replicas)
     test_tasks = [task.name for task in suite.test_tasks]
     best = next(trial for trial in result.trials if trial["name"] == result.best_trial)
     policy = result.best_policy

@@ -73,6 +73,10 @@ class HandoverTrial(tune.Trainable):
         """Builds the algorithm."""
         assert context is not None
         self._context = context
+        self._build(config)
+
+    def _build(self, config: dict[str, Any]) -> None:
+        context = self._context
         self._name = str(config["trial"])
         self._values = {name: float(config[name]) for name in SWEPT}
         self._began = time.monotonic()
@@ -123,7 +127,7 @@ class HandoverTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Starts the next trial in this process: importing torch and Ray takes seconds."""
         self.cleanup()
-        self.setup(new_config, context=self._context)
+        self._build(new_config)
         return True
 
     def cleanup(self) -> None:
@@ -139,7 +143,7 @@ class HandoverTrial(tune.Trainable):
             policy.act,
             self._stages,
             tasks=context.val_tasks,
-            replicas=range(context.config.replicas),
+            replicas=range(context.config.judge_replicas),
             utility=context.utility,
         )
         judged = summary_of(runs)
