@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.choosing import (
     ACCURACY,
+    REPLICA,
     Bench,
     Candidate,
     Choice,
@@ -24,7 +25,7 @@ from rlhf_ray.choosing import (
 )
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError, unknown_name
-from rlhf_ray.evaluation import Player, Run, Utility, compare
+from rlhf_ray.evaluation import Player, Run, Utility, compare, summary_of
 from rlhf_ray.operations import Train
 from rlhf_ray.optimum import best_fine_tuning
 from rlhf_ray.outcomes import StagePath, StageStep
@@ -302,7 +303,8 @@ class BaselineResults:
 
     Attributes:
         runs: method -> its runs on the test tasks, ordered by task, then replica seed.
-        settings: method -> what it chose, and `stages`: distinct stages it asked for to choose.
+        settings: method -> what it chose, `stages`: distinct stages it asked for to choose, and of
+            those that choose, `val`: its figures on the val tasks (see `summary_of`), on seed 0.
     """
 
     runs: Mapping[str, list[Run]]
@@ -368,6 +370,8 @@ def run_baselines(
         counted = CountedStages(stages)
         chosen[name] = baseline(replace(bench, stages=counted))
         settings[name] = {**chosen[name].settings, "stages": counted.distinct}
+        if "val_utility" in settings[name]:  # all of it was carried out to choose: nothing new
+            settings[name] = {**settings[name], "val": _on_val(bench, name, chosen[name].player)}
     tell(f"{len(chosen)} baselines on {len(test_tasks)} test tasks")
     runs = compare(
         {name: choice.player for name, choice in chosen.items()},
@@ -379,6 +383,20 @@ def run_baselines(
         threads=threads,
     )
     return BaselineResults(runs=runs, settings=settings)
+
+
+def _on_val(bench: Bench, name: str, player: Player) -> dict[str, float]:
+    """The figures of a chosen baseline on the val tasks, at the seed that choices are made on."""
+    runs = compare(
+        {name: player},
+        bench.spec,
+        bench.stages,
+        tasks=bench.val_tasks,
+        replicas=(REPLICA,),
+        utility=bench.utility,
+        threads=bench.threads,
+    )
+    return summary_of(runs[name])
 
 
 def _training_of(spec: ProcessSpec) -> tuple[Train, tuple[float, ...]]:

@@ -18,15 +18,16 @@ if TYPE_CHECKING:  # the schema needs no torch: what imports it must not slow --
     from rlhf_ray.observations import Observer
     from rlhf_ray.operations import Operation
     from rlhf_ray.process import ProcessSettings, RewardWeights
+    from rlhf_ray.tasks import Suite
 
-ALGORITHM_NAMES = ("dqn",)
+ALGORITHM_NAMES = ("dqn", "ppo", "q-learning")
 """Algorithms that `rlhf_ray.algorithms` builds."""
+
+WITHOUT_EPSILON = ("ppo",)
+"""Algorithms that sample their actions; RLlib's `entropy_coeff` says how random they stay."""
 
 SWEPT: tuple[str, ...] = ("gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight")
 """The settings that a sweep varies; each takes one or more values."""
-
-ALWAYS_BASELINES = ("fixed", "full", "full_best", "head", "random")
-"""The baselines that every report holds."""
 
 RESERVED_NAMES = ("tree", "pretrained")
 """Folders under the storage path that are no sweep's."""
@@ -38,13 +39,16 @@ class SearchConfig:
 
     Attributes:
         gamma: discount per stage, in [0, 1]; one or more values to sweep.
-        epsilon: final share of random actions, in [0, 1]; falls linearly from 1 over the first
-            half of the episodes; one or more values to sweep.
+        epsilon: final share of random actions, in [0, 1]; 1 over the first quarter of the
+            episodes, then falls linearly over the second; one or more values to sweep. "ppo" has none: it samples, and the
+            RLlib setting entropy_coeff says how random it stays.
         tuning_cost_weight: reward taken per full stage of tuning cost, >= 0; one or more values.
         switch_cost_weight: reward taken per level of distance handed over, >= 0; one or more.
         num_samples: random search: this many trials, each swept setting drawn between its lowest
             and highest value; None: the grid of all values (the defaults: a half-fraction of it).
-        algorithm: what learns: "dqn".
+        algorithm: what learns: "dqn", "ppo", or "q-learning" in tables, for the observations
+            "tabular" and "prefix".
+        alpha: step size of "q-learning", in (0, 1].
         episodes: episodes per trial, >= 1.
         horizon: stages per episode at most, >= 1.
         budget: tuning cost per episode after which no stage is begun, full stages, > 0.
@@ -54,7 +58,9 @@ class SearchConfig:
         performance: "gain": of the best val metric so far; "value": the metric itself.
         cost: "flops": tuning cost in full stages; "seconds": as measured.
         start: the level that acts first: "first", or "random" (seeded).
-        observation: "all" feature groups, some of them, or "tabular": (level, task).
+        observation: "all" feature groups, some of them, or for tables "tabular": (level, task),
+            "prefix": (level, stages so far), or both.
+        only_operations: names of the operations that there are besides "stop"; none: all of them.
         steps: optimizer steps per stage, >= 1; None: one epoch.
         batch_size: examples per step, >= 1.
         optimizer: "adam" or "sgd".
@@ -86,11 +92,12 @@ class SearchConfig:
 
     gamma: tuple[float, ...] = (0.9, 0.99)
     epsilon: tuple[float, ...] = (0.05, 0.2)
-    tuning_cost_weight: tuple[float, ...] = (0.01, 0.03)
-    switch_cost_weight: tuple[float, ...] = (0.001, 0.004)
+    tuning_cost_weight: tuple[float, ...] = (0.05, 0.1)
+    switch_cost_weight: tuple[float, ...] = (0.005, 0.01)
     num_samples: int | None = None
     algorithm: str = "dqn"
-    episodes: int = 96
+    alpha: float = 0.1
+    episodes: int = 72
     horizon: int = 5
     budget: float | None = None
     seed: int = 0
@@ -100,6 +107,7 @@ class SearchConfig:
     cost: Literal["flops", "seconds"] = "flops"
     start: Literal["first", "random"] = "first"
     observation: tuple[str, ...] = ("all",)
+    only_operations: tuple[str, ...] = ()
     steps: int | None = 20
     batch_size: int = 64
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -111,7 +119,7 @@ class SearchConfig:
     val_size: int = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    cache_gb: float = 1.0
+    cache_gb: float = 0.25
     weights_gb: float = 4.0
     storage_path: str = "./rlhf_runs"
     name: str | None = None
@@ -128,7 +136,7 @@ class SearchConfig:
     rllib: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (*SWEPT, "observation", "baselines"):
+        for name in (*SWEPT, "observation", "only_operations", "baselines"):
             value = getattr(self, name)
             given = value if isinstance(value, tuple | list) else (value,)
             object.__setattr__(self, name, tuple(given))
@@ -138,13 +146,25 @@ class SearchConfig:
         """The operations of the search."""
         from rlhf_ray.operations import default_operations
 
-        return default_operations(
+        found = default_operations(
             steps=self.steps,
             batch_size=self.batch_size,
             optimizer=self.optimizer,
             keep_optimizer_state=self.keep_optimizer_state,
             learning_rates=self.learning_rates,
         )
+        names = [operation.name for operation in found]
+        for name in self.only_operations:
+            if name not in names:
+                raise unknown_name("operation", name, names)
+        wanted = {*self.only_operations, "stop"} if self.only_operations else set(names)
+        return tuple(operation for operation in found if operation.name in wanted)
+
+    @property
+    def swept(self) -> dict[str, tuple[float, ...]]:
+        """The values of each of `SWEPT`; epsilon is 0 for an algorithm that has none."""
+        none = {"epsilon": (0.0,)} if self.algorithm in WITHOUT_EPSILON else {}
+        return {name: getattr(self, name) for name in SWEPT} | none
 
     def engine_settings(self) -> "EngineSettings":
         """How stages are carried out."""
@@ -169,15 +189,23 @@ class SearchConfig:
             weights=weights or RewardWeights(),
         )
 
-    def observer(self, tasks: tuple[str, ...]) -> "Observer":
-        """What policies see; `tasks` are those that a tabular observation tells apart."""
+    def observer(self, suite: "Suite | None" = None) -> "Observer":
+        """What policies see; a tabular observation tells the suite's train tasks apart."""
         from rlhf_ray.observations import Observer
 
-        return Observer(groups=as_groups_of(self.observation), tasks=tasks)
+        groups = as_groups_of(self.observation)
+        if suite is None:
+            return Observer(groups=groups)
+        tasks = tuple(dict.fromkeys(task.label for task in suite.train_tasks))
+        labels = {task.name: task.label for task in suite.tasks()}
+        return Observer(groups=groups, tasks=tasks, labels=labels)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, for records."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        from rlhf_ray.storage import without_secrets
+
+        data = dataclasses.asdict(self) | {"storage_path": without_secrets(str(self.storage_path))}
+        return json.loads(json.dumps(data, default=str))
 
     def digest(self) -> str:
         """Identity of what is computed; where it runs and what it is called do not count."""
@@ -207,12 +235,27 @@ def with_defaults(config: SearchConfig, defaults: Mapping[str, Any]) -> SearchCo
     untouched = {
         name: value
         for name, value in defaults.items()
-        if getattr(config, name) == _default(fields[name])
+        if getattr(config, name) == _default_of(name)
     }
+    if untouched.get("algorithm", config.algorithm) in WITHOUT_EPSILON:
+        untouched.pop("epsilon", None)
     return dataclasses.replace(config, **untouched)
 
 
-def _default(f: "dataclasses.Field[Any]") -> Any:
+def check_observation(config: SearchConfig) -> None:
+    """Raises InputError if the algorithm cannot learn from the observation.
+
+    Not part of the schema's own checks: a suite may want another observation by default.
+    """
+    if config.algorithm == "q-learning" and not config.observer().discrete:
+        raise InputError(
+            "observation must be tabular, prefix or both for q-learning, which has a table row per "
+            f"state, got observation={' '.join(config.observation)}. Add --observation tabular."
+        )
+
+
+def _default_of(name: str) -> Any:
+    (f,) = (f for f in dataclasses.fields(SearchConfig) if f.name == name)
     return f.default_factory() if callable(f.default_factory) else f.default
 
 
@@ -228,16 +271,14 @@ def _check(config: SearchConfig) -> None:
     for name in SWEPT:
         _check_swept(name, getattr(config, name))
     for name, low in _AT_LEAST.items():
-        value = getattr(config, name)
-        if value is None or value == "auto":
-            continue
-        if not (isinstance(value, int | float) and low <= value < math.inf):
+        value = _number(config, name)
+        if value is not None and not low <= value < math.inf:
             raise InputError(f"{name} must be at least {low}, got {name}={value}.")
     for name in ("budget", "weights_gb", "cpus_per_worker"):
-        value = getattr(config, name)
+        value = _number(config, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} must be > 0, got {name}={value}.")
-    if not 0 <= config.prefill <= 3:
+    if not 0 <= (_number(config, "prefill") or 0) <= 3:
         raise InputError(f"prefill must lie in [0, 3], got prefill={config.prefill}.")
     for name, kind in typing.get_type_hints(SearchConfig).items():
         if typing.get_origin(kind) is Literal and getattr(config, name) not in kind.__args__:
@@ -245,8 +286,28 @@ def _check(config: SearchConfig) -> None:
     _check_name(config.name)
     if config.algorithm not in ALGORITHM_NAMES:
         raise unknown_name("algorithm", config.algorithm, ALGORITHM_NAMES)
-    config.observer(())
+    if config.algorithm in WITHOUT_EPSILON and config.epsilon != _default_of("epsilon"):
+        raise InputError(
+            f"epsilon must be left out for {config.algorithm}, got epsilon={config.epsilon}: it "
+            "samples its actions. Say how random they stay with --rllib entropy_coeff=0.05."
+        )
+    if not 0 < config.alpha <= 1:
+        raise InputError(f"alpha must lie in (0, 1], got alpha={config.alpha}.")
+    config.observer()
     config.operations()
+
+
+def _number(config: SearchConfig, name: str) -> float | None:
+    """A setting's number; None where it holds what it may hold instead (None, "auto")."""
+    value, kind = getattr(config, name), typing.get_type_hints(SearchConfig)[name]
+    kinds = typing.get_args(kind) or (kind,)
+    if (value is None and type(None) in kinds) or (value == "auto" and Literal["auto"] in kinds):
+        return None
+    whole = float not in kinds
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        what = "a whole number" if whole else "a number"
+        raise InputError(f"{name} must be {what}, got {name}={value!r}.")
+    return value
 
 
 def _check_name(name: str | None) -> None:

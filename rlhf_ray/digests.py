@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from functools import cache, partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -46,8 +48,25 @@ def source_digest(thing: Callable[..., Any] | type) -> str:
     """Identity of code: the qualified name, and for code that users write its source as well.
 
     Library code (torch, torchvision, this package) is identified by its name alone: a digest that
-    changed with every release would void everything a storage path holds.
+    changed with every release would void everything a storage path holds. What a callable carries
+    counts too: arguments of a `functools.partial`, attributes of an object (`nn.CrossEntropyLoss`),
+    values that a function closes over.
     """
+    return _source(thing, ())
+
+
+def _source(thing: Any, inside: tuple[int, ...]) -> str:
+    if isinstance(thing, type):
+        return _code(thing)
+    carried = [_plain(value, (*inside, id(thing))) for value in _carried(thing)]
+    if isinstance(thing, FunctionType | BuiltinFunctionType):
+        return digest(_code(thing), carried) if carried else _code(thing)
+    return digest(_code(type(thing)), carried)
+
+
+@cache
+def _code(thing: Callable[..., Any] | type) -> str:
+    # Read once: reading source takes milliseconds, is not thread-safe, and follows later edits.
     module = getattr(thing, "__module__", "") or ""
     name = f"{module}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
     if module.split(".")[0] in {"torch", "torchvision", "rlhf_ray"}:
@@ -57,3 +76,37 @@ def source_digest(thing: Callable[..., Any] | type) -> str:
     except (OSError, TypeError):
         source = ""
     return digest(name.replace("__main__", ""), source)
+
+
+def _carried(thing: Any) -> list[Any]:
+    """What an object's behaviour depends on besides its code."""
+    if isinstance(thing, partial):
+        return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, MethodType):
+        return [thing.__func__, thing.__self__]
+    if isinstance(thing, FunctionType):
+        closure = [cell.cell_contents for cell in thing.__closure__ or ()]
+        return [*closure, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+    return sorted(getattr(thing, "__dict__", {}).items())
+
+
+def _plain(value: Any, inside: tuple[int, ...]) -> Any:
+    """Any value as JSON-able data, equal in every process where that can be had."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return repr(value)  # NaN and infinities too
+    if isinstance(value, torch.Tensor):
+        return tensor_digest({"": value})
+    if id(value) in inside:
+        return "itself"  # a cycle
+    inside = (*inside, id(value))
+    if isinstance(value, Mapping):
+        return sorted([str(key), _plain(item, inside)] for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return [_plain(item, inside) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item, inside) for item in value), key=repr)
+    if callable(value) or hasattr(value, "__dict__"):
+        return _source(value, inside)
+    return repr(value)

@@ -6,17 +6,20 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.storage import Storage
 
 BEAT_S = 20.0
 """How often a driver says that it lives."""
 
 STALE_S = 90.0
-"""After so long without a beat, a lock of another machine counts as left behind."""
+"""After so long without a beat, a lock counts as left behind, whatever now has its process id."""
+
+_held: set[str] = set()
+"""Tokens of the locks that this process holds: its threads exclude each other too."""
 
 
 @contextmanager
@@ -38,11 +41,13 @@ def driver_lock(storage: Storage, sweep: str) -> Iterator[None]:
     written = storage.read_json(name)
     if not isinstance(written, dict) or written.get("token") != mine["token"]:
         raise InputError(f"a sweep must have one driver, got two starting {sweep!r} at once.")
+    _held.add(mine["token"])
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(BEAT_S):
-            storage.write_json(name, {**mine, "time": time.time()})
+            with suppress(StorageError):  # the next one may get through
+                storage.write_json(name, {**mine, "time": time.time()})
 
     thread = threading.Thread(target=beat, daemon=True, name="rlhf_ray_lock")
     thread.start()
@@ -51,14 +56,19 @@ def driver_lock(storage: Storage, sweep: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        _held.discard(mine["token"])
         storage.delete(name)
 
 
 def _alive(holder: dict[str, Any]) -> bool:
-    if holder.get("host") == socket.gethostname():
-        pid = int(holder["pid"])
-        return pid != os.getpid() and _runs(pid)
-    return time.time() - float(holder["time"]) < STALE_S
+    if time.time() - float(holder["time"]) >= STALE_S:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    pid = int(holder["pid"])
+    if pid == os.getpid():  # in containers, a process that is gone had the same one
+        return holder.get("token") in _held
+    return _runs(pid)
 
 
 def _runs(pid: int) -> bool:

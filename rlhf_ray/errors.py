@@ -19,6 +19,13 @@ class StageError(RlhfRayError, RuntimeError):
     """A stage could not be carried out (a worker lost too often, an operation that raised)."""
 
 
+class FailedStageError(StageError):
+    """A stage fails by itself, whoever carries it out: its operation raises, or kills its worker.
+
+    A search counts it as a diverged stage; other kinds of `StageError` end it.
+    """
+
+
 class StorageError(RlhfRayError, RuntimeError):
     """What lies under the storage path cannot be read or written as it should."""
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation import Run, known, report, run_of
 from rlhf_ray.loaded_model import EngineSettings
 from rlhf_ray.observations import Observer
@@ -98,13 +99,19 @@ def finetune(
         InputError: the policy was made for other levels, operations or features, or the model
             cannot take the task's data.
     """
+    if isinstance(replica, bool) or not isinstance(replica, int) or replica < 0:
+        raise InputError(f"replica must be a whole number >= 0, got replica={replica!r}.")
     suite = Suite(
         name="finetune", model=model, levels=levels, train_tasks=[task], val_tasks=[], test_tasks=[]
     )
     assert isinstance(task.metric, Metric)
     chosen = tuple(operations or operations_from_json(policy.operations))
     process = policy.metadata["process"]
-    observer = Observer(groups=tuple(process["groups"]), tasks=tuple(process["tasks"]))
+    observer = Observer(
+        groups=tuple(process["groups"]),
+        tasks=tuple(process["tasks"]),
+        labels={task.name: task.label},
+    )
     engine = Engine(suite, _engine_settings(process, device), source_moments=policy.source_moments)
     settings = ProcessSettings(
         **{name: process[name] for name in ("horizon", "performance", "cost", "budget")}

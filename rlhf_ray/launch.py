@@ -41,11 +41,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "suite": tuple(f.name for f in dataclasses.fields(SuiteOptions)),
     "sweep": (
         "gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight", "num_samples",
-        "algorithm", "episodes", "seed", "replicas", "rllib",
+        "algorithm", "alpha", "episodes", "seed", "replicas", "rllib",
     ),
     "episode": (
-        "horizon", "budget", "performance", "cost", "start", "observation", "steps", "batch_size",
-        "optimizer", "learning_rates", "keep_optimizer_state",
+        "horizon", "budget", "performance", "cost", "start", "observation", "only_operations",
+        "steps", "batch_size", "optimizer", "learning_rates", "keep_optimizer_state",
     ),
     "judging": ("utility_cost", "utility_switch", "baselines", "val_size", "judge_replicas"),
     "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),

@@ -46,7 +46,7 @@ class EngineSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     val_size: int = 256
-    cache_bytes: int = 1 << 30
+    cache_bytes: int = 1 << 28
     probe_size: int = 64
     reference_steps: int = 20
     reference_batch_size: int = 64

@@ -1,14 +1,15 @@
 """What a policy sees: named features, all scaled to about [-1, 1].
 
-The table `FEATURE_GROUPS` is the one place that names them; groups can be switched off. The group
-"tabular" is the founding document's state (level, task) and stands alone.
+The table `FEATURE_GROUPS` is the one place that names them; groups can be switched off. Those of
+`DISCRETE_GROUPS` have finitely many values, as tables need: "tabular" is the founding document's
+state (level, task), "prefix" the level and the stages carried out. They stand by themselves.
 
 Dimension letters: L levels, F features.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,24 @@ FEATURE_GROUPS: dict[str, tuple[str, Callable[[ProcessSpec, State], list[Feature
 """Group -> what it says, and the function that gives its features."""
 
 
+def _prefix(spec: ProcessSpec, state: State) -> list[Feature]:
+    done = [
+        (spec.operations.index(step.operation), spec.levels[step.levels[0]]) for step in state.path
+    ]
+    found = []
+    for place in range(spec.settings.horizon):
+        what, where = done[place] if place < len(done) else (-1, "")
+        stage = f"stage {place + 1}"
+        for i, operation in enumerate(spec.operations):
+            found.append((f"{stage} is:{operation.name}", float(i == what)))
+        found += [(f"{stage} at:{name}", float(name == where)) for name in spec.levels]
+    return found
+
+
+DISCRETE_GROUPS = ("tabular", "prefix")
+"""Groups for tables; one of them, or both."""
+
+
 def squash(value: float) -> float:
     """Identity up to 1 in size, logarithmic beyond.
 
@@ -110,21 +129,31 @@ class Observer:
     """Turns states into feature vectors.
 
     Attributes:
-        groups: names from `FEATURE_GROUPS`, or ("tabular",).
-        tasks: task names that "tabular" tells apart; unknown ones are all zeros.
+        groups: names from `FEATURE_GROUPS`, or from `DISCRETE_GROUPS`.
+        tasks: labels of tasks that "tabular" tells apart; unknown ones are all zeros.
+        labels: task name -> label, where they differ.
     """
 
     groups: tuple[str, ...] = tuple(FEATURE_GROUPS)
     tasks: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.groups:
             raise InputError("observation must name at least one group, got none.")
         for group in self.groups:
-            if group not in (*FEATURE_GROUPS, "tabular"):
-                raise unknown_name("observation group", group, (*FEATURE_GROUPS, "tabular"))
-        if "tabular" in self.groups and len(self.groups) > 1:
-            raise InputError(f"observation 'tabular' stands alone, got {self.groups}.")
+            if group not in (*FEATURE_GROUPS, *DISCRETE_GROUPS):
+                raise unknown_name("observation group", group, (*FEATURE_GROUPS, *DISCRETE_GROUPS))
+        discrete = set(self.groups) & set(DISCRETE_GROUPS)
+        if discrete and discrete != set(self.groups):
+            raise InputError(
+                f"observation 'tabular' stands alone, or with 'prefix', got {self.groups}."
+            )
+
+    @property
+    def discrete(self) -> bool:
+        """Whether there are finitely many states, as tables need."""
+        return set(self.groups) <= set(DISCRETE_GROUPS)
 
     @property
     def probed(self) -> bool:
@@ -133,9 +162,11 @@ class Observer:
 
     def features(self, spec: ProcessSpec, state: State) -> list[Feature]:
         """(name, value) of all F features."""
-        if self.groups == ("tabular",):
-            tasks = [(f"task:{task}", float(task == state.task)) for task in self.tasks]
-            return _level(spec, state) + tasks
+        if self.discrete:
+            label = self.labels.get(state.task, state.task)
+            tasks = [(f"task:{task}", float(task == label)) for task in self.tasks]
+            of_group = {"tabular": tasks, "prefix": _prefix(spec, state)}
+            return _level(spec, state) + [f for group in self.groups for f in of_group[group]]
         return [f for group in self.groups for f in FEATURE_GROUPS[group][1](spec, state)]
 
     def names(self, spec: ProcessSpec) -> tuple[str, ...]:

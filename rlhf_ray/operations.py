@@ -6,14 +6,15 @@ cached below the trained levels, optimizer state and the FLOP account are the se
 """
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from rlhf_ray.digests import source_digest
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.tasks import Task
 
 Scope = Literal["level", "up", "all"]
@@ -100,8 +101,12 @@ class Train(Operation):
     level_scales: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be > 0, got learning_rate={self.learning_rate}.")
+        if self.scope not in get_args(Scope):
+            raise unknown_name("scope", self.scope, get_args(Scope))
+        if self.level_scales is not None:  # a list where it was read from JSON
+            object.__setattr__(self, "level_scales", tuple(self.level_scales))
         if (self.steps is not None and self.steps < 1) or self.batch_size < 1:
             raise InputError("steps and batch_size must be at least 1, got "
                              f"steps={self.steps}, batch_size={self.batch_size}.")  # fmt: skip

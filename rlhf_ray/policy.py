@@ -1,7 +1,9 @@
 """A learned policy: act greedily, save, load, check. No Ray here.
 
 On disk a policy is a directory with `policy.json` (what the policy is for, how it was made, and a
-SHA-256 of itself and of the weights) and `policy.safetensors` (the weights). No pickle.
+SHA-256 of itself and of the weights) and `policy.safetensors` (the weights). No pickle. Its `kind`
+is "network" (Q-values, or an actor's logits) or "tabular" (`rlhf_ray.q_table`: Q-values of states,
+with what a state is answered that was never met).
 
 Dimensions: L level, F feature, A action, M ensemble member.
 """
@@ -23,14 +25,17 @@ from torch import Tensor
 
 from rlhf_ray.descriptors import Moments
 from rlhf_ray.digests import digest
-from rlhf_ray.errors import InputError
-from rlhf_ray.networks import LevelQNetworks, NetworkSettings, masked
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
+from rlhf_ray.q_table import from_weights
 
 SCHEMA_VERSION = 1
 """Of the files; a reader refuses every other."""
 
 JSON_NAME = "policy.json"
 WEIGHTS_NAME = "policy.safetensors"
+
+KINDS = ("network", "tabular")
 
 MOMENTS = "source_moments/"
 """Begins the names of the activation moments among the tensors."""
@@ -45,8 +50,8 @@ class Policy:
         features: the F names of the observation's features, in order.
         operations: name and settings (JSON-able) of each operation, in order. Action
             `operation * L + next_level`.
-        network: shape of the levels' networks.
-        weights: their state dict.
+        network: shape of the levels' networks; None: there are tables instead.
+        weights: the networks' state dict, or the tables' tensors.
         metadata: JSON-able: package versions, the configuration that made the policy, ...
         source_moments: per level, mean and variance (F,) of the pretrained model's activations on
             the source data, which the observation's activation shift is against; None without.
@@ -55,28 +60,24 @@ class Policy:
     levels: tuple[str, ...]
     features: tuple[str, ...]
     operations: tuple[Mapping[str, Any], ...]
-    network: NetworkSettings
+    network: NetworkSettings | None
     weights: Mapping[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     source_moments: Moments | None = None
 
     def __post_init__(self) -> None:
-        shape = self.network
-        expected = (len(self.levels), len(self.features), len(self.operations) * len(self.levels))
-        got = (shape.n_levels, shape.n_features, shape.n_actions)
-        if got != expected:
-            raise InputError(
-                "the network must have a head per level, an input per feature and an output per "
-                f"action, got (levels, features, actions)={got}, not {expected}."
-            )
-        networks = LevelQNetworks(shape)
-        try:
-            networks.load_state_dict(dict(self.weights))
-        except RuntimeError as error:
-            raise InputError(f"weights must fit the network, got {_first_line(error)}.") from error
-        networks.requires_grad_(False)
-        views = tuple(networks.level(i) for i in range(len(self.levels)))
+        sizes = (len(self.levels), len(self.features), len(self.operations) * len(self.levels))
+        if self.network is None:
+            names = ("n_levels", "n_features", "n_actions")
+            views = from_weights(self.weights, **dict(zip(names, sizes, strict=True)))
+        else:
+            views = _network_views(self.network, self.weights, sizes)
         object.__setattr__(self, "_views", views)
+
+    @property
+    def kind(self) -> str:
+        """What the weights are: "network" or "tabular"."""
+        return "tabular" if self.network is None else "network"
 
     @property
     def operation_names(self) -> tuple[str, ...]:
@@ -84,7 +85,10 @@ class Policy:
         return tuple(str(operation["name"]) for operation in self.operations)
 
     def values(self, level: int, features: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Q-values at a level's turn: (A,) float32, minus infinity where the mask is 0.
+        """Values at a level's turn: (A,) float32, minus infinity where the mask is 0.
+
+        Q-values; of an actor-critic policy the actor's logits. A table answers a state it never
+        learned from with the mean over those it did.
 
         Args:
             level: whose turn it is, 0 to L - 1.
@@ -139,12 +143,12 @@ class Policy:
         )
         content = {
             "schema_version": SCHEMA_VERSION,
-            "kind": "network",
+            "kind": self.kind,
             "levels": list(self.levels),
             "n_levels": len(self.levels),
             "features": list(self.features),
             "operations": [dict(operation) for operation in self.operations],
-            "network": self.network.to_json(),
+            "network": None if self.network is None else self.network.to_json(),
             "metadata": dict(self.metadata),
             "weights": {WEIGHTS_NAME: hashlib.sha256(weights).hexdigest()},
         }
@@ -185,11 +189,33 @@ class Policy:
             levels=tuple(content["levels"]),
             features=tuple(content["features"]),
             operations=tuple(content["operations"]),
-            network=NetworkSettings.from_json(content["network"]),
+            network=(
+                None
+                if content["kind"] == "tabular"
+                else NetworkSettings.from_json(content["network"])
+            ),
             weights={n: v for n, v in weights.items() if not n.startswith(MOMENTS)},
             metadata=content["metadata"],
             source_moments=_moments_of(weights, len(content["levels"])),
         )
+
+
+def _network_views(
+    shape: NetworkSettings, weights: Mapping[str, Tensor], sizes: tuple[int, int, int]
+) -> tuple[LevelQNetwork, ...]:
+    got = (shape.n_levels, shape.n_features, shape.n_actions)
+    if got != sizes:
+        raise InputError(
+            "the network must have a head per level, an input per feature and an output per "
+            f"action, got (levels, features, actions)={got}, not {sizes}."
+        )
+    networks = LevelQNetworks(shape)
+    try:
+        networks.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise InputError(f"weights must fit the network, got {_first_line(error)}.") from error
+    networks.requires_grad_(False)
+    return tuple(networks.level(i) for i in range(shape.n_levels))
 
 
 def _moments_by_name(moments: Moments | None) -> dict[str, Tensor]:
@@ -224,8 +250,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         )
     if content.pop("sha256", None) != digest(content):
         raise _damaged(file, "its checksum differs")
-    if content["kind"] != "network":
-        raise InputError(f"a policy's kind must be 'network', got kind={content['kind']!r}.")
+    if content["kind"] not in KINDS:
+        raise unknown_name("kind of policy", content["kind"], KINDS)
     return content
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import ray_constants
 
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.errors import InputError
@@ -55,16 +56,36 @@ def running_ray(config: SearchConfig) -> Iterator[None]:
         # Logical CPUs: workers reserve theirs, trials wait beside them.
         workers = _local_workers(config) * config.cpus_per_worker
         trials = concurrent_trials(config) * (1 + config.env_runners) * TRIAL_CPUS
-        ray.init(
-            address="local",
-            num_cpus=math.ceil(workers + trials),
-            include_dashboard=False,
-            **quiet,
-        )
+        with _loopback_only():
+            ray.init(
+                address="local",
+                num_cpus=math.ceil(workers + trials),
+                include_dashboard=False,
+                **quiet,
+            )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A Ray that starts in the body listens on 127.0.0.1: on Linux it would on all interfaces.
+
+    Ray has this switch for other systems only, read when it is imported, and by its processes.
+    """
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(variable), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before[0]
 
 
 def _local_workers(config: SearchConfig) -> int:
@@ -93,4 +114,5 @@ def stage_workers(suite: Suite, config: SearchConfig) -> StagesHandle:
         share=config.share,
         replay_only=config.replay_only,
         max_weight_bytes=int(config.weights_gb * 2**30),
+        memory_bytes=int(config.cache_gb * 2**30),
     )

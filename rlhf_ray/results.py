@@ -7,7 +7,7 @@ trial with `trial.json` and the policy, `baselines.json`, `summary.json`, and th
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -16,6 +16,11 @@ from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.evaluation import front
 from rlhf_ray.policy import JSON_NAME, WEIGHTS_NAME, Policy
 from rlhf_ray.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from rlhf_ray.report.explain import Explanation
 
 SWEEP_FILE = "sweep.json"
 SUMMARY_FILE = "summary.json"
@@ -84,8 +89,12 @@ class SearchResult:
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":
         """Reads a sweep's folder: `<storage path>/<name>`, a local path or a URI."""
-        parent, _, name = str(path).rstrip("/").rpartition("/")
-        return cls(open_storage(parent or "."), name)
+        if "://" not in str(path):
+            folder = Path(path).expanduser().resolve()
+            return cls(open_storage(folder.parent), folder.name)
+        uri, mark, options = str(path).partition("?")
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        return cls(open_storage(parent + mark + options), name)
 
     @property
     def directory(self) -> str:
@@ -154,6 +163,38 @@ class SearchResult:
         frame.index.name = "method"
         return frame.sort_values("utility_mean", ascending=False) if len(frame) else frame
 
+    def plot_front(self) -> "go.Figure":
+        """Metric against cost of all trials on the val tasks, their front, and the baselines."""
+        from rlhf_ray.report.figures import front_figure
+        from rlhf_ray.report.gathering import Gatherer
+
+        return front_figure(self, Gatherer(self._storage, self.name).gather()["val_marks"])
+
+    def explain(self, trial: str | None = None) -> "Explanation":
+        """What a policy learned: in words, as paths per task, and what its choices hang on.
+
+        Args:
+            trial: whose policy; None: the best.
+
+        Raises:
+            InputError: no such trial, or it has not been judged.
+        """
+        from rlhf_ray.report.gathering import Gatherer
+
+        trial = trial or self.best_trial
+        names = [known["name"] for known in self.trials]
+        if trial not in names:
+            raise unknown_name("trial", trial, names)
+        found = Gatherer(self._storage, self.name).explanation(trial)
+        if found is None:
+            raise InputError(f"a trial must have been judged to be explained, got trial={trial!r}.")
+        return found
+
+    def _repr_html_(self) -> str:
+        from rlhf_ray.report.figures import result_html
+
+        return result_html(self)
+
     @property
     def _higher_is_better(self) -> bool:
         return self.sweep["metric"]["higher_is_better"]
@@ -162,15 +203,10 @@ class SearchResult:
 def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
     """The sweeps under a storage path: name, suite, state, trials, best utility, path."""
     storage = open_storage(storage_path)
-    names = sorted(
-        {
-            file.split("/")[0]
-            for file in storage.list()
-            if file.count("/") == 1 and file.endswith("/" + SWEEP_FILE)
-        }
-    )
     found = []
-    for name in names:
+    for name in storage.folders():
+        if not storage.exists(f"{name}/{SWEEP_FILE}"):
+            continue
         result = SearchResult(storage, name)
         done = [trial for trial in result.trials if trial["status"] == "done"]
         found.append(

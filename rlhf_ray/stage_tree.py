@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from rlhf_ray.errors import RlhfRayError, StageError
+from rlhf_ray.errors import FailedStageError, StageError, StorageError
 from rlhf_ray.outcomes import Identity, LevelState, Outcome, StageRequest
 from rlhf_ray.tally import Answer
 from rlhf_ray.tree_store import StateCache, TreeStore
@@ -141,7 +141,8 @@ class LocalStages:
                 replica.
 
         Raises:
-            StageError: the engine raised, or the stage is not in the tree with `replay_only`.
+            FailedStageError: the engine raised.
+            StageError: the stage is not in the tree with `replay_only`.
         """
         if not self.share:
             self._forget_all_but_start(request, episode_of(request, namespace))
@@ -227,17 +228,17 @@ class _Call:
         return self._store.put(outcome, states)
 
     def engine_does(self, request: StageRequest, function: Callable[[LoadState], T]) -> T:
-        """Calls the engine; recomputes what it misses; what it raises becomes a `StageError`."""
+        """Calls the engine; recomputes what it misses; wraps what it raises."""
         while True:
             try:
                 return function(self._load)
             except _Missing as error:
                 missing = error.version
-            except RlhfRayError:
+            except StorageError:
                 raise
             except Exception as error:
                 reason = (str(error).splitlines() or [""])[0]
-                raise StageError(
+                raise FailedStageError(
                     f"a stage must run, got {describe(request)} failing with "
                     f"{type(error).__name__}: {reason}"
                 ) from error

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,10 @@ class Storage:
         """Where a file or folder ("": the root) lies on this machine; None for object stores."""
         return Path(self._path(name)) if self.is_local else None
 
+    def opened(self, name: str) -> tuple[fs.FileSystem, str]:
+        """The pyarrow filesystem and a path on it, for other libraries that write there."""
+        return self._filesystem, self._path(name)
+
     def read_bytes(self, name: str) -> bytes | None:
         """A file's content, or None if there is none."""
         path = self._path(_checked(name))
@@ -108,22 +113,22 @@ class Storage:
 
     def files(self, folder: str = "") -> list[StoredFile]:
         """All files under a folder ("": all there are), by name; none if it does not exist."""
-        selector = fs.FileSelector(self._path(folder), recursive=True, allow_not_found=True)
         strip = len(self._root.rstrip("/")) + 1
-        try:
-            found = self._filesystem.get_file_info(selector)
-        except OSError as error:
-            raise self._error("listed", folder, error) from error
         files = [
             StoredFile(
                 name=info.path[strip:],
                 size_bytes=info.size or 0,
                 modified_s=info.mtime.timestamp() if info.mtime else 0.0,
             )
-            for info in found
+            for info in self._entries(folder, recursive=True)
             if info.type == fs.FileType.File and not info.path.endswith(_PART)
         ]
         return sorted(files, key=lambda file: file.name)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders right in a folder ("": the root), sorted; looks no deeper."""
+        found = self._entries(folder, recursive=False)
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
     def list(self, folder: str = "") -> list[str]:
         """Names of all files under a folder ("": all there are), sorted."""
@@ -184,6 +189,13 @@ class Storage:
                 self._filesystem.delete_file(part)
             raise
 
+    def _entries(self, folder: str, *, recursive: bool) -> Sequence[fs.FileInfo]:
+        selector = fs.FileSelector(self._path(folder), recursive=recursive, allow_not_found=True)
+        try:
+            return self._filesystem.get_file_info(selector)
+        except OSError as error:
+            raise self._error("listed", folder, error) from error
+
     def _info(self, name: str) -> fs.FileInfo:
         try:
             return self._filesystem.get_file_info([self._path(_checked(name))])[0]
@@ -211,7 +223,7 @@ def open_storage(location: str | Path, *, check: bool = False) -> Storage:
         InputError: no such kind of location, or (with `check`) one that cannot be written.
     """
     text = str(location)
-    shown = _without_secrets(text)
+    shown = without_secrets(text)
     if not text or "\0" in text:
         raise InputError(f"the storage path must be a folder or a URI, got {shown!r}.")
     try:
@@ -246,6 +258,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _without_secrets(uri: str) -> str:
+def without_secrets(uri: str) -> str:
     """URIs may hold keys before an @ and in the query: neither may reach a message."""
     return re.sub(r"//[^/@]*@", "//", uri.split("?")[0]) if "://" in uri else uri

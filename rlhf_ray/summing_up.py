@@ -68,6 +68,10 @@ def sum_up(
         method=METHOD,
         progress=lambda done, _: progress.update(done=done),
     )
+    n_failed = searched.failed + stages.tally.failed
+    if n_failed:
+        why = searched.failure or stages.tally.failure
+        progress.message(f"{n_failed} stages failed and count as diverged; the first: {why}")
     by_method = {METHOD: runs, **baselines.runs}
     context.storage.write_json(
         f"{context.sweep}/{BASELINES_FILE}",

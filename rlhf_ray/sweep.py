@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.baselines import baselines_for
-from rlhf_ray.config import SearchConfig, with_defaults
+from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.digests import digest
 from rlhf_ray.driver_lock import driver_lock
 from rlhf_ray.env import EpisodePlan
@@ -18,7 +18,10 @@ from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.provenance import git_revision, library_versions
 from rlhf_ray.ray_session import n_cores, running_ray, stage_workers
-from rlhf_ray.results import SUMMARY_FILE, SWEEP_FILE, SearchResult
+from rlhf_ray.report.gathering import PROGRESS_FILE
+from rlhf_ray.report.live import LivePage
+from rlhf_ray.report.page import PAGE_FILE
+from rlhf_ray.results import BASELINES_FILE, SUMMARY_FILE, SWEEP_FILE, SearchResult
 from rlhf_ray.stage_tree import LocalStages
 from rlhf_ray.stages import Engine, suite_identity
 from rlhf_ray.storage import Storage, open_storage
@@ -58,17 +61,21 @@ def search(
     Raises:
         InputError: the suite, the configuration or the storage path will not do.
     """
+    if max_minutes is not None and not max_minutes > 0:
+        raise InputError(f"max_minutes must be > 0, got max_minutes={max_minutes}.")
     config = with_defaults(config or SearchConfig(), suite.defaults)
     ground = prepare(suite, config, operations)
     storage = open_storage(config.storage_path, check=True)
     with driver_lock(storage, ground.name):
         if fresh:
-            storage.delete_prefix(ground.name)
+            _forget(storage, ground.name)
         _record_sweep(storage, ground)
         result = SearchResult(storage, ground.name)
-        if result.finished:
+        shown = baselines_for(config.baselines, tuple(suite.levels))
+        if result.finished and set(shown) <= set(result.summary["methods"]):
             return result
         _run(storage, ground, max_minutes=max_minutes, progress=progress)
+        LivePage(storage, ground.name, progress).write()
     return SearchResult(storage, ground.name)
 
 
@@ -174,6 +181,7 @@ def prepare(
         names = sorted({metric.name for metric in metrics})
         raise InputError(f"all tasks' metrics must have one direction, got {', '.join(names)}.")
     baselines_for(config.baselines, tuple(suite.levels))
+    check_observation(config)
     chosen = tuple(operations or config.operations())
     identity = _identity(suite, config, chosen)
     return Ground(
@@ -189,7 +197,9 @@ def prepare(
 
 def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation]) -> str:
     identity = suite_identity(suite, config.engine_settings())
-    roles = [[task.name for task in getattr(suite, f"{role}_tasks")] for role in SPLITS]
+    roles = [
+        [(task.name, task.label) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
+    ]
     return digest(
         config.digest(),
         identity.model,
@@ -197,6 +207,14 @@ def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation
         roles,
         [operation_as_json(operation) for operation in operations],
     )
+
+
+def _forget(storage: Storage, name: str) -> None:
+    """Deletes all of a sweep but the lock, which this process holds."""
+    for file in (SWEEP_FILE, SUMMARY_FILE, BASELINES_FILE, PROGRESS_FILE, PAGE_FILE):
+        storage.delete(f"{name}/{file}")
+    for folder in storage.folders(name):
+        storage.delete_prefix(f"{name}/{folder}")
 
 
 def _record_sweep(storage: Storage, ground: Ground) -> None:
@@ -245,7 +263,7 @@ def _run(
     _set_state(storage, ground.name, "running")
     progress.phase("starting Ray and the workers")
     engine = Engine(suite, config.engine_settings())
-    observer = config.observer(tuple(task.name for task in suite.train_tasks))
+    observer = config.observer(suite)
     spec = process_spec(
         tuple(suite.levels),
         ground.operations,
@@ -272,6 +290,7 @@ def _run(
                 seed=config.seed,
             ),
             val_tasks=tuple(task.name for task in suite.val_tasks),
+            metric=ground.metric.name,
             stages=handle.stages,
             source_moments=engine.source_moments(),
         )
@@ -288,6 +307,7 @@ def _run(
                 progress=progress,
             )
         run_trials(context, ground.trials, handle, max_minutes=max_minutes, progress=progress)
+        LivePage(storage, ground.name, progress).write()
         result = SearchResult(storage, ground.name)
         if any(trial["status"] == "waiting" for trial in result.trials):
             _set_state(storage, ground.name, "interrupted")

@@ -33,7 +33,7 @@ def plan_trials(config: SearchConfig) -> list[PlannedTrial]:
     high values is even: every setting, and every pair of settings, is still balanced. With
     `num_samples`, uniform draws between the lowest and the highest value of each setting.
     """
-    values = [getattr(config, name) for name in SWEPT]
+    values = list(config.swept.values())
     if config.num_samples is not None:
         generator = np.random.default_rng(derive_seed(config.seed, "samples"))
         points = [
@@ -42,7 +42,7 @@ def plan_trials(config: SearchConfig) -> list[PlannedTrial]:
         ]
     else:
         points = list(itertools.product(*values))
-        if _all_default(config):
+        if _all_default(config) and all(len(v) == 2 for v in values):
             points = [p for p in points if _n_high(p, values) % 2 == 0]
     trials = []
     for number, point in enumerate(points):

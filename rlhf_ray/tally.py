@@ -7,9 +7,10 @@ path: evaluations of the start and test reports enter the seconds only.
 import copy
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.errors import FailedStageError
 from rlhf_ray.outcomes import Outcome, StageRequest
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Tally:
         recomputed: stages run again for their evicted weights.
         logical_s: seconds that all requests would have taken without sharing.
         spent_s: seconds of what was run for this client.
+        failed: stages asked for that failed, or that go on from one that did.
+        failure: why the first of them did; "" if none.
         keys: of the stages met; their number is that of distinct stages.
     """
 
@@ -53,6 +56,8 @@ class Tally:
     recomputed: int = 0
     logical_s: float = 0.0
     spent_s: float = 0.0
+    failed: int = 0
+    failure: str = ""
     keys: set[str] = field(default_factory=set)
 
     @property
@@ -76,6 +81,12 @@ class Tally:
         self.recomputed += len(answer.recomputed)
         self.spent_s += answer.spent_s
 
+    def add_failure(self, error: FailedStageError) -> None:
+        """Counts one request for a stage that failed."""
+        self.logical += 1
+        self.failed += 1
+        self.failure = self.failure or str(error)
+
     def merge(self, other: "Tally") -> None:
         """Adds another client's tally to this one."""
         self.logical += other.logical
@@ -83,6 +94,8 @@ class Tally:
         self.recomputed += other.recomputed
         self.logical_s += other.logical_s
         self.spent_s += other.spent_s
+        self.failed += other.failed
+        self.failure = self.failure or other.failure
         self.keys |= other.keys
 
     @classmethod
@@ -109,6 +122,7 @@ class Tally:
             "distinct": self.distinct,
             "executed": self.executed,
             "recomputed": self.recomputed,
+            "failed": self.failed,
             "seconds_spent": self.spent_s,
             "seconds_saved": self.saved_s,
         }
@@ -143,8 +157,32 @@ class TalliedStages:
         return inner
 
     def outcome(self, request: StageRequest) -> Answer:
-        """Answers one request and counts it."""
-        answer = self._stages.outcome(request, self._namespace)
+        """Answers one request and counts it.
+
+        A stage that fails is answered as one that diverged: with its parent's outcome, flagged and
+        free of charge, for nothing of it is kept. What goes on from it fails like it.
+        """
+        try:
+            answer = self._stages.outcome(request, self._namespace)
+        except FailedStageError as error:
+            if not request.path or request.kind == "test":
+                raise  # there is nothing to go on with
+            return self._failed(request, error)
         with self._lock:
             self.tally.add(request, answer)
         return answer
+
+    def _failed(self, request: StageRequest, error: FailedStageError) -> Answer:
+        with self._lock:
+            self.tally.add_failure(error)
+        parent = request.parent()
+        while True:
+            try:
+                outcome = self._stages.outcome(parent, self._namespace).outcome
+            except FailedStageError:
+                if not parent.path:
+                    raise
+                parent = parent.parent()
+                continue
+            free = dict.fromkeys(outcome.flops, 0.0)
+            return Answer(outcome=replace(outcome, diverged=True, flops=free, time_s=0.0))

@@ -102,6 +102,8 @@ class Task:
         test: (x, y) that reports are made on; never enters a decision.
         loss: (outputs, y) -> scalar mean; cross-entropy by default.
         metric: a `Metric`, or a function (outputs, y) -> number of which more is better.
+        label: which task a tabular observation takes it for; its name by default. Tasks of one
+            label are one state, so that what was learned on one is used on the other.
 
     Raises:
         InputError: empty or mismatched data, NaN or infinite inputs or targets.
@@ -113,10 +115,14 @@ class Task:
     test: tuple[Inputs, Tensor]
     loss: Loss = F.cross_entropy
     metric: Metric | Callable[[Tensor, Tensor], Tensor | float] = accuracy
+    label: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"a task's name must be a non-empty string, got name={self.name!r}.")
+        if not isinstance(self.label, str):
+            raise InputError(f"a task's label must be a string, got label={self.label!r}.")
+        object.__setattr__(self, "label", self.label or self.name)
         object.__setattr__(self, "metric", as_metric(self.metric))
         for split in SPLITS:
             _check_split(self.name, split, getattr(self, split))
@@ -127,7 +133,7 @@ class Task:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Identity by content: data, loss and metric; the name does not count."""
+        """Identity by content: data, loss and metric; name and label do not count."""
         assert isinstance(self.metric, Metric)
         data = {
             f"{split}/{name}": value

@@ -16,7 +16,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from rlhf_ray.errors import RlhfRayError, StageError
+from rlhf_ray.errors import FailedStageError, RlhfRayError, StageError
 from rlhf_ray.outcomes import PRETRAINED, Outcome, StageRequest
 from rlhf_ray.stage_tree import describe, episode_of, not_in_tree, start_of
 from rlhf_ray.storage import open_storage
@@ -265,7 +265,7 @@ class TreeActor:
             worker.lost += 1
             worker.state = "restarting"
             self._in_background(self._welcome(worker))
-            result = StageError(
+            result = FailedStageError(
                 f"a stage's worker must not die, got {describe(job.request)} losing "
                 f"{job.attempts + 1}: {_first_line(error)}"
             )

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
+from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.search import BasicVariantGenerator
 
+from rlhf_ray.cluster_metrics import ClusterMetrics
 from rlhf_ray.config import SWEPT
 from rlhf_ray.progress import Progress
 from rlhf_ray.ray_session import TRIAL_CPUS, concurrent_trials
+from rlhf_ray.report.live import LivePage
 from rlhf_ray.results import trial_folder
 from rlhf_ray.sweep_plan import PlannedTrial
+from rlhf_ray.tensorboard import TensorBoardLog
 from rlhf_ray.trial import HandoverTrial, TrialContext, failed_record
 from rlhf_ray.workers import StagesHandle
 
@@ -41,13 +45,17 @@ def run_trials(
         max_minutes: no trial goes on after so long; None: no bound.
         progress: told about episodes and stages.
     """
-    waiting = [trial for trial in trials if not _done(context, trial)]
+    waiting = [trial for trial in trials if not _done(context, trial.name)]
     if not waiting:
         return
     episodes = context.config.episodes
     progress.phase("sweep", total=episodes * len(trials))
-    watcher = _Watcher(progress, handle, done=(len(trials) - len(waiting)) * episodes)
+    before, total = (len(trials) - len(waiting)) * episodes, episodes * len(trials)
+    page = LivePage(context.storage, context.sweep, progress, before=before, total=total)
+    watcher = _Watcher(progress, handle, page, ClusterMetrics(context.sweep), done=before)
     points = [{"trial": trial.name, **trial.values} for trial in waiting]
+    # as a filesystem: the URI may hold keys that records and messages must not show
+    filesystem, folder = context.storage.opened(context.sweep)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(HandoverTrial, context=context), _resources(context)
@@ -65,12 +73,13 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
-            storage_path=f"{context.storage.shown.rstrip('/')}/{context.sweep}",
+            storage_filesystem=None if context.storage.is_local else filesystem,
+            storage_path=folder,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),
             # a trial that is cut off starts again on the warm tree: nothing of it to save
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[watcher],
+            callbacks=[watcher, TensorBoardLog(), JsonLoggerCallback(), CSVLoggerCallback()],
         ),
     )
     with watcher.watching(), _quiet():
@@ -85,12 +94,14 @@ def _resources(context: TrialContext) -> Any:
     return tune.PlacementGroupFactory(bundles)
 
 
-def _done(context: TrialContext, trial: PlannedTrial) -> bool:
-    record = context.storage.read_json(f"{trial_folder(context.sweep, trial.name)}/trial.json")
+def _done(context: TrialContext, trial: str) -> bool:
+    record = context.storage.read_json(f"{trial_folder(context.sweep, trial)}/trial.json")
     return isinstance(record, dict) and record["status"] == "done"
 
 
 def _record_failure(context: TrialContext, config: dict[str, Any], error: Exception) -> None:
+    if _done(context, config["trial"]):
+        return  # it broke while it was taken down
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     values = {name: config[name] for name in SWEPT}
     record = failed_record(config["trial"], values, lines[-1].strip())
@@ -99,12 +110,24 @@ def _record_failure(context: TrialContext, config: dict[str, Any], error: Except
 
 
 class _Watcher(tune.Callback):
-    """Adds up what trials report, and asks the tree how its stages stand."""
+    """Adds up what trials report, asks the tree how its stages stand, and shows both."""
 
-    def __init__(self, progress: Progress, handle: StagesHandle, done: int) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        handle: StagesHandle,
+        page: LivePage,
+        metrics: ClusterMetrics,
+        *,
+        done: int,
+    ) -> None:
         self._progress = progress
         self._handle = handle
+        self._page = page
+        self._metrics = metrics
         self._before = done
+        self._curves: dict[str, list[list[float]]] = {}
+        self._restarts: dict[str, int] = {}
         self._episodes: dict[str, int] = {}
         self._logical: dict[str, int] = {}
 
@@ -116,6 +139,13 @@ class _Watcher(tune.Callback):
     ) -> None:
         self._episodes[trial.trial_id] = result["episodes"]
         self._logical[trial.trial_id] = result["stages/logical"]
+        curve = self._curves.setdefault(trial.config["trial"], [])
+        curve.append([result["episodes"], result["train/return"]])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = trial.config["trial"]
+        self._restarts[name] = self._restarts.get(name, 0) + 1
+        self._curves.pop(name, None)  # it starts again
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -136,8 +166,16 @@ class _Watcher(tune.Callback):
             except Exception:  # the tree's actor restarts: show what trials said meanwhile
                 stats = {}
             logical = sum(list(self._logical.values()))
+            done = self._before + sum(list(self._episodes.values()))
+            self._metrics.show(stats)
+            self._page.tick(
+                stats,
+                {name: {"curve": list(curve)} for name, curve in list(self._curves.items())},
+                done=done,
+                restarts=dict(self._restarts),
+            )
             self._progress.update(
-                done=self._before + sum(list(self._episodes.values())),
+                done=done,
                 logical=logical,
                 executed=stats.get("executed", 0),
                 in_flight=stats.get("in_flight", 0),
@@ -147,7 +185,11 @@ class _Watcher(tune.Callback):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Tune's and RLlib's remarks from the user; Ctrl-C reaches the caller as it is."""
-    settings = {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    settings = {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # `TensorBoardLog` stands in for Tune's
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
     logger = logging.getLogger("ray.tune")

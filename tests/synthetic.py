@@ -68,7 +68,7 @@ class SyntheticStages:
         self._lock = threading.Lock()
         self.asked: list[StageRequest] = []
 
-    def outcome(self, request: StageRequest) -> Answer:
+    def outcome(self, request: StageRequest, namespace: str = "") -> Answer:
         with self._lock:
             self.asked.append(request)
         metric = self._metric(request.path, request.task)

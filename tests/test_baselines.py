@@ -9,7 +9,6 @@ from torch import nn
 
 from rlhf_ray.baselines import ALWAYS, baselines_for, run_baselines
 from rlhf_ray.choosing import plan_halving
-from rlhf_ray.config import ALWAYS_BASELINES
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation import Utility
 from rlhf_ray.loaded_model import EngineSettings
@@ -47,10 +46,6 @@ def run(stages, names=(), *, spec=None, max_stages=200, seed=0, **kwargs):
         max_stages=max_stages,
         **kwargs,
     )
-
-
-def test_always_baselines_are_those_of_the_configuration():
-    assert ALWAYS == ALWAYS_BASELINES
 
 
 def test_names_resolve_in_the_order_of_reports():

@@ -83,6 +83,27 @@ def test_tabular_tells_tasks_apart_and_knows_no_others():
     assert observer.observe(spec, unseen).tolist() == [0, 1, 0, 0]
 
 
+def test_tabular_takes_tasks_of_one_label_for_one():
+    spec, found = states(2)
+    observer = Observer(groups=("tabular",), tasks=("a",), labels={"a-val": "a", "a": "a"})
+    judged = start_state(spec, found[0].start, "a-val", 0, 0)
+    np.testing.assert_array_equal(observer.observe(spec, judged), observer.observe(spec, found[0]))
+
+
+def test_prefix_tells_the_stages_carried_out_and_not_the_task():
+    spec, found = states(2, horizon=3)
+    path = (step(1).__class__(operation=spec.operations[0], levels=(1,)),)
+    observer = Observer(groups=("prefix",), tasks=("a",))
+    assert not any(name.startswith("task:") for name in observer.names(spec))
+    shown = dict(observer.features(spec, replace(found[0], path=path)))
+    first = f"stage 1 is:{spec.operations[0].name}"
+    hot = {name for name, value in shown.items() if value}
+    assert hot == {"acting:conv", first, "stage 1 at:head"}
+    both = Observer(groups=("tabular", "prefix"), tasks=("a",))
+    assert set(observer.names(spec)) | {"task:a"} == set(both.names(spec))
+    assert both.discrete and observer.discrete and not Observer().discrete
+
+
 def test_unknown_and_mixed_groups_are_refused():
     with pytest.raises(InputError, match="Did you mean 'figures'"):
         Observer(groups=("figure",))

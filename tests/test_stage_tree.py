@@ -253,6 +253,7 @@ def test_tally_counts_logical_distinct_and_saved(tmp_path: Path) -> None:
         "distinct": 2,
         "executed": 2,
         "recomputed": 0,
+        "failed": 0,
         "seconds_spent": 4.0,
         "seconds_saved": 4.0,
     }

@@ -12,10 +12,11 @@ step. Such an environment
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.algorithms.settings import AlgorithmSettings
+from rlhf_ray.algorithms.settings import AlgorithmSettings, completed
 from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.networks import NetworkSettings
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from ray.rllib.env.multi_agent_env import MultiAgentEnv
     from torch import Tensor
 
-ALGORITHMS: Mapping[str, str] = {"dqn": "rlhf_ray.algorithms.dqn"}
+ALGORITHMS: Mapping[str, str] = {
+    "dqn": "rlhf_ray.algorithms.dqn",
+    "ppo": "rlhf_ray.algorithms.ppo",
+    "q-learning": "rlhf_ray.algorithms.q_learning",
+}
 """Name -> module with `build`, which takes `build_algorithm`'s arguments but the name. The
 algorithm it returns has a method `level_weights()` and the results that `episodes_of` reads."""
 
@@ -75,15 +80,19 @@ def build_algorithm(
         levels=levels,
         n_features=n_features,
         n_actions=n_actions,
-        settings=settings,
+        settings=completed(settings, name),
     )
 
 
 def network_settings(
     name: str, *, n_levels: int, n_features: int, n_actions: int, settings: AlgorithmSettings
-) -> NetworkSettings:
-    """The shape of the networks that an algorithm learns; needs no Ray."""
+) -> NetworkSettings | None:
+    """The shape of the networks that an algorithm learns, None for tables; needs no Ray."""
     check_algorithm(name)
+    if name == "q-learning":
+        return None
+    if name == "ppo":  # a policy's logits: no state value to add to, no members to average
+        settings = replace(settings, dueling=False, n_members=1, pessimism=0.0)
     return NetworkSettings(
         n_levels=n_levels,
         n_features=n_features,
@@ -97,7 +106,7 @@ def network_settings(
 
 
 def level_weights(algorithm: "Algorithm") -> "dict[str, Tensor]":
-    """The learned networks: the learner's weights, as the state dict of `LevelQNetworks`."""
+    """What was learned: the state dict of `LevelQNetworks`, or tables (`rlhf_ray.q_table`)."""
     learned: dict[str, Tensor] = algorithm.level_weights()  # pyright: ignore[reportAttributeAccessIssue]
     return learned
 

@@ -18,7 +18,7 @@ from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.vector.sync_vector_multi_agent_env import SyncVectorMultiAgentEnv
 
-from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action
+from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action, gumbel_noise
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 
 NEXT_EPISODE = "next_episode"
@@ -62,8 +62,8 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
     """Plays numbered episodes; of R remote runners, runner r takes episodes r, r + R, ..."""
 
     # RLlib declares its general classes, and most of them optional
-    config: Any  # a HandoverDQNConfig, whose `settings` are read
-    module: Any  # a LevelsModule
+    config: Any  # filled by `rlhf_ray.algorithms.algorithm.configure`
+    module: Any  # its modules have a method `act`
     env: Any
     num_envs: int
 
@@ -195,8 +195,10 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
             final=settings.epsilon,
             n_episodes=settings.n_episodes,
             decay_fraction=settings.decay_fraction,
+            warm_up=settings.warm_up,
         )
         episode.custom_data["episode"] = slot.number
+        episode.custom_data["explore"] = explore
         episode.custom_data["epsilon"] = epsilon if explore else 0.0
         return episode
 
@@ -204,8 +206,14 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
         assert slot.episode is not None
         observation: Any = slot.episode.agent_episodes[level].get_observations(-1)
         step = len(slot.episode)
-        action = exploring_action(seed, slot.number, step, observation["action_mask"], epsilon)
-        return self.module[level].greedy_action(observation) if action is None else action
+        mask_A = observation["action_mask"]
+        prefix = self.config.settings.explore_first
+        action = exploring_action(seed, slot.number, step, mask_A, epsilon, prefix=prefix)
+        if action is not None:
+            return action
+        sampled = self.config.samples_actions and slot.episode.custom_data["explore"]
+        noise = gumbel_noise(seed, slot.number, step, len(mask_A)) if sampled else 0.0
+        return self.module[level].act(observation, noise)
 
     def get_metrics(self) -> Any:
         """Nothing: the algorithm makes the metrics from the episodes themselves."""

@@ -2,6 +2,7 @@
 
 Whether to explore and which action are drawn from (seed, episode, step) alone: trials that differ
 in epsilon, gamma or weights meet the same draws, so they share stages and differ by what is swept.
+Where a policy is itself random (actor-critic), the noise it is sampled with is drawn that way.
 """
 
 import numpy as np
@@ -9,14 +10,17 @@ import numpy as np
 from rlhf_ray.digests import derive_seed
 
 
-def epsilon_at(episode: int, *, final: float, n_episodes: int, decay_fraction: float) -> float:
-    """Probability of a random action: linear from 1 to `final`, then constant.
+def epsilon_at(
+    episode: int, *, final: float, n_episodes: int, decay_fraction: float, warm_up: float = 0.0
+) -> float:
+    """Probability of a random action: 1 at first, then linear to `final`, then constant.
 
     Args:
         episode: number of the episode, from 0.
         final: the value reached, in [0, 1].
         n_episodes: episodes of the trial, >= 1.
-        decay_fraction: part of the trial over which it falls, in [0, 1].
+        decay_fraction: part of the trial after which it is `final`, in [0, 1].
+        warm_up: part of the trial over which it is 1, in [0, `decay_fraction`].
 
     Returns:
         A probability.
@@ -24,13 +28,14 @@ def epsilon_at(episode: int, *, final: float, n_episodes: int, decay_fraction: f
     >>> [epsilon_at(n, final=0.5, n_episodes=8, decay_fraction=0.5) for n in (0, 2, 4, 7)]
     [1.0, 0.75, 0.5, 0.5]
     """
-    length = decay_fraction * n_episodes
-    progress = min(1.0, episode / length) if length > 0 else 1.0
-    return 1.0 + progress * (final - 1.0)
+    begin, end = warm_up * n_episodes, decay_fraction * n_episodes
+    if episode >= end:
+        return final
+    return 1.0 + max(0.0, (episode - begin) / (end - begin)) * (final - 1.0)
 
 
 def exploring_action(
-    seed: int, episode: int, step: int, mask_A: np.ndarray, epsilon: float
+    seed: int, episode: int, step: int, mask_A: np.ndarray, epsilon: float, *, prefix: bool = False
 ) -> int | None:
     """The random action of this step, or None to act greedily.
 
@@ -40,13 +45,34 @@ def exploring_action(
         step: number of the step in it.
         mask_A: non-zero where an action is valid; at least one is.
         epsilon: probability of a random action.
+        prefix: explore only as long as every step before did: an episode is a random beginning,
+            which all trials have in common, and a greedy end.
 
     Returns:
         A valid action or None. A larger epsilon only adds steps at which it is not None.
     """
+    earlier = range(step) if prefix else ()
+    if any(exploring_action(seed, episode, s, mask_A, epsilon) is None for s in earlier):
+        return None
     generator = np.random.default_rng(derive_seed(seed, "explore", episode, step))
     coin, which = generator.random(2)
     if coin >= epsilon:
         return None
     valid = np.flatnonzero(mask_A)
     return int(valid[int(which * len(valid))])
+
+
+def gumbel_noise(seed: int, episode: int, step: int, n_actions: int) -> np.ndarray:
+    """(A,) float32 standard Gumbel noise of this step.
+
+    The arg-max of logits plus this noise is a sample of their softmax; policies that differ little
+    take, with the same noise, the same action at most steps.
+
+    Args:
+        seed: of the sweep.
+        episode: number of the episode.
+        step: number of the step in it.
+        n_actions: A.
+    """
+    generator = np.random.default_rng(derive_seed(seed, "sample", episode, step))
+    return generator.gumbel(size=n_actions).astype(np.float32)

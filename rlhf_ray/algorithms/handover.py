@@ -66,8 +66,15 @@ class Transitions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turn:
-    """One step of the environment: who acted, on what, and what it brought."""
+class Turn:
+    """One step of the environment: who acted, on what, and what it brought.
+
+    Attributes:
+        level: who acted.
+        observation: "features" (F,) and "action_mask" (A,), which it acted on.
+        action: what it did.
+        reward: of this one step.
+    """
 
     level: int
     observation: dict[str, np.ndarray]
@@ -75,7 +82,7 @@ class _Turn:
     reward: float
 
 
-def turns(episode: "MultiAgentEpisode", levels: Sequence[str]) -> list[_Turn]:
+def turns(episode: "MultiAgentEpisode", levels: Sequence[str]) -> list[Turn]:
     """The steps of a complete episode in the order of the environment.
 
     Args:
@@ -91,7 +98,7 @@ def turns(episode: "MultiAgentEpisode", levels: Sequence[str]) -> list[_Turn]:
     """
     if not episode.is_terminated:
         raise RlhfRayError("an episode must end by terminateds['__all__'], got one that did not.")
-    found: list[_Turn] = []
+    found: list[Turn] = []
     seen: Any = episode.env_t_to_agent_t
     for t in range(len(episode)):
         acting = [
@@ -104,7 +111,7 @@ def turns(episode: "MultiAgentEpisode", levels: Sequence[str]) -> list[_Turn]:
         name, agent_t = acting[0]
         own: Any = episode.agent_episodes[name]
         found.append(
-            _Turn(
+            Turn(
                 level=levels.index(name),
                 observation=own.get_observations(agent_t),
                 action=int(own.get_actions(agent_t)),
@@ -112,6 +119,26 @@ def turns(episode: "MultiAgentEpisode", levels: Sequence[str]) -> list[_Turn]:
             )
         )
     return found
+
+
+def following(level_T: Sequence[int], backup: Backup = "handover") -> list[int]:
+    """The step whose value each step of a complete episode bootstraps from; -1: none, it ends.
+
+    Args:
+        level_T: who acted at each step.
+        backup: "handover": what follows a turn is the next turn, whoever's it is; "own": the same
+            level's next turn, and the end if there is none (stock RLlib).
+
+    >>> following([0, 1, 0]), following([0, 1, 0], "own")
+    ([1, 2, -1], [2, -1, -1])
+    """
+    places = range(len(level_T))
+    if backup == "handover":
+        return [t + 1 if t + 1 in places else -1 for t in places]
+    return [
+        next((later for later in places[t + 1 :] if level_T[later] == level_T[t]), -1)
+        for t in places
+    ]
 
 
 def flatten(
@@ -122,21 +149,16 @@ def flatten(
     Args:
         episode: see `turns`.
         levels: the level names (agents), in order.
-        backup: "handover": what follows a turn is the next turn, whoever's it is; "own": the same
-            level's next turn, and the end if there is none (stock RLlib).
+        backup: see `following`.
 
     Returns:
         One transition per step, in the order of the environment.
     """
     played = turns(episode, levels)
-    following: list[_Turn | None] = []
-    for t, turn in enumerate(played):
-        later = played[t + 1 :]
-        if backup == "own":
-            later = [other for other in later if other.level == turn.level]
-        following.append(later[0] if later else None)
+    places = following([turn.level for turn in played], backup)
+    after_turns = [played[place] if place >= 0 else None for place in places]
     blank = {name: np.zeros_like(value) for name, value in played[0].observation.items()}
-    after = [turn.observation if turn else blank for turn in following]
+    after = [turn.observation if turn else blank for turn in after_turns]
 
     def stack(observations: list[dict[str, np.ndarray]], name: str) -> Tensor:
         return torch.from_numpy(np.stack([observation[name] for observation in observations]))
@@ -148,8 +170,8 @@ def flatten(
         reward=torch.tensor([turn.reward for turn in played], dtype=torch.float32),
         next_features=stack(after, "features").float(),
         next_mask=stack(after, "action_mask") != 0,
-        next_level=torch.tensor([turn.level if turn else 0 for turn in following]),
-        terminated=torch.tensor([float(turn is None) for turn in following]),
+        next_level=torch.tensor([turn.level if turn else 0 for turn in after_turns]),
+        terminated=torch.tensor([float(turn is None) for turn in after_turns]),
     )
 
 

@@ -15,13 +15,15 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule, MultiRLModul
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 
+from rlhf_ray.digests import derive_seed
 from rlhf_ray.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
 
 
 class LevelModule(TorchRLModule):
-    """The policy of one level; the `LevelsModule` that holds it gives it its network."""
+    """The policy of one level; the `LevelsModule` that holds it gives it its networks."""
 
-    q: LevelQNetwork
+    q: LevelQNetwork  # Q-values, or an actor's logits
+    critic: LevelQNetwork  # of actor-critic algorithms
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         observation = batch[Columns.OBS]
@@ -29,21 +31,22 @@ class LevelModule(TorchRLModule):
         return {Columns.ACTIONS: values.argmax(dim=-1)}
 
     @torch.no_grad()
-    def greedy_action(self, observation: dict[str, np.ndarray]) -> int:
-        """The valid action of highest value for one observation.
+    def act(self, observation: dict[str, np.ndarray], noise: np.ndarray | float = 0.0) -> int:
+        """The valid action of highest value, with noise (A,) added, for one observation.
 
         One row at a time: in a batch, rounding would depend on which other episodes happened to
         be ready, and results on timing.
         """
         features = torch.from_numpy(observation["features"]).float().unsqueeze(0)
-        values = self.q.values(features)[0].numpy()
+        values = self.q.values(features)[0].numpy() + noise
         return int(np.where(observation["action_mask"] != 0, values, -np.inf).argmax())
 
 
 class LevelsModule(MultiRLModule):
-    """All levels' policies and the networks behind them."""
+    """All levels' policies and the networks behind them, with a critic where one is asked for."""
 
     networks: LevelQNetworks
+    critic: LevelQNetworks
     model_config: Any
 
     def setup(self) -> None:
@@ -53,6 +56,11 @@ class LevelsModule(MultiRLModule):
         self.networks = LevelQNetworks(own["network"], seed=own["network_seed"])
         for index, level in enumerate(own["levels"]):
             self._rl_modules[level].q = self.networks.level(index)
+        if own["critic"] is not None:
+            seed = derive_seed(own["network_seed"], "critic")
+            self.critic = LevelQNetworks(own["critic"], seed=seed)
+            for index, level in enumerate(own["levels"]):
+                self._rl_modules[level].critic = self.critic.level(index)
 
 
 def levels_spec(
@@ -61,6 +69,7 @@ def levels_spec(
     seed: int,
     observation_space: gym.Space,
     action_space: gym.Space,
+    critic: NetworkSettings | None = None,
 ) -> MultiRLModuleSpec:
     """The specification from which RLlib builds a `LevelsModule`.
 
@@ -70,10 +79,16 @@ def levels_spec(
         seed: of the initial weights.
         observation_space: of every level.
         action_space: of every level.
+        critic: shape of further networks, for values that are learned beside the policies.
     """
     return MultiRLModuleSpec(
         multi_rl_module_class=LevelsModule,
-        model_config={"levels": levels, "network": network, "network_seed": seed},
+        model_config={
+            "levels": levels,
+            "network": network,
+            "network_seed": seed,
+            "critic": critic,
+        },
         rl_module_specs={
             level: RLModuleSpec(
                 module_class=LevelModule,

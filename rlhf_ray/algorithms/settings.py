@@ -1,7 +1,7 @@
 """What a trial's algorithm can be told. No Ray here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,10 +18,15 @@ class AlgorithmSettings:
         epsilon: final probability of a random action, in [0, 1]; it starts at 1.
         n_episodes: episodes of the trial, >= 1.
         seed: of the sweep: initial weights, replay draws and exploration follow from it.
-        decay_fraction: part of the trial over which epsilon falls linearly, in [0, 1].
+        decay_fraction: part of the trial after which epsilon has fallen to its final value,
+            linearly, in [0, 1].
+        warm_up: part of the trial before epsilon begins to fall, in [0, `decay_fraction`].
+        explore_first: an episode explores in its first steps only, and is greedy from the first
+            step on that is. Trials of a sweep then share what they explore.
         episodes_per_iteration: episodes per call of `train()`, >= 1; the weights stay as they are
-            while they are played.
-        learning_rate: Adam's at the start, > 0; it falls linearly to a tenth over the trial.
+            while they are played. None: the algorithm's own (`completed`).
+        learning_rate: Adam's at the start, > 0; it falls linearly to a tenth over the trial. None:
+            the algorithm's own.
         batch_size: transitions per update, >= 1.
         updates_per_step: updates per step of the environment, > 0.
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].
@@ -31,6 +36,7 @@ class AlgorithmSettings:
         n_members: networks in the ensemble, >= 1.
         pessimism: see `rlhf_ray.networks.NetworkSettings`.
         double_q: double Q-learning.
+        alpha: step size of tabular Q-learning, in (0, 1].
         stock: bootstrap every level from its own next turn, as RLlib's own multi-agent DQN does;
             for comparison.
         num_env_runners: processes that play episodes; 0: the trial's own.
@@ -43,8 +49,10 @@ class AlgorithmSettings:
     n_episodes: int
     seed: int
     decay_fraction: float = 0.5
-    episodes_per_iteration: int = 4
-    learning_rate: float = 1e-3
+    warm_up: float = 0.0
+    explore_first: bool = False
+    episodes_per_iteration: int | None = None
+    learning_rate: float | None = None
     batch_size: int = 64
     updates_per_step: float = 3.0
     tau: float = 0.02
@@ -54,6 +62,7 @@ class AlgorithmSettings:
     n_members: int = 1
     pessimism: float = 0.0
     double_q: bool = True
+    alpha: float = 0.1
     stock: bool = False
     num_env_runners: int = 0
     num_envs_per_runner: int = 4
@@ -62,14 +71,35 @@ class AlgorithmSettings:
     def __post_init__(self) -> None:
         for name in ("gamma", "epsilon", "decay_fraction"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
+        held = 0.0 <= self.warm_up <= self.decay_fraction
+        _check("warm_up", self.warm_up, held, f"in [0, decay_fraction={self.decay_fraction}]")
         for name in ("n_episodes", "episodes_per_iteration", "batch_size", "num_envs_per_runner"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 1, "at least 1")
         for name in ("learning_rate", "updates_per_step"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "> 0")
-        _check("tau", self.tau, 0.0 < self.tau <= 1.0, "in (0, 1]")
+            value = getattr(self, name)
+            _check(name, value, value is None or value > 0, "> 0")
+        for name in ("tau", "alpha"):
+            _check(name, getattr(self, name), 0.0 < getattr(self, name) <= 1.0, "in (0, 1]")
         _check("num_env_runners", self.num_env_runners, self.num_env_runners >= 0, ">= 0")
         # a plain dict: RLlib copies and pickles its configuration
         object.__setattr__(self, "overrides", dict(self.overrides))
+
+
+def completed(settings: AlgorithmSettings, algorithm: str) -> AlgorithmSettings:
+    """The settings with an algorithm's own values where they leave them to it.
+
+    What `ppo` plays is learned from once: it wants many episodes per iteration and many iterations,
+    and so gets up to 32 of the first and at least 12 of the second.
+    """
+    rate, episodes = 1e-3, 4
+    if algorithm == "ppo":
+        rate, episodes = 3e-3, min(32, max(4, settings.n_episodes // 12))
+    return replace(
+        settings,
+        learning_rate=rate if settings.learning_rate is None else settings.learning_rate,
+        episodes_per_iteration=settings.episodes_per_iteration or episodes,
+    )
 
 
 def _check(name: str, value: float, holds: bool, what: str) -> None:

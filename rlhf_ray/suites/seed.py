@@ -16,6 +16,9 @@ from rlhf_ray.tasks import Suite, Task
 N_TASKS = 10
 
 DEFAULTS: Mapping[str, Any] = {
+    "algorithm": "q-learning",
+    "alpha": 0.1,
+    "only_operations": ("train_mid",),
     "observation": ("tabular",),
     "performance": "value",
     "start": "random",
@@ -31,8 +34,9 @@ DEFAULTS: Mapping[str, Any] = {
     "episodes": 100,
     "replicas": 1,
 }
-"""The founding document's settings: a stage is one epoch (Adam at 1e-3, its `train_mid`, in batches
-of 32), the reward the accuracy on the test images - |l - l'|."""
+"""The founding document's settings: a table over (level, task), and one operation, an epoch on the
+acting level (Adam at 1e-3, batches of 32), so that all there is to choose is the level that acts
+next; `stop` is open too, but gives up reward. Reward: accuracy on the test images - |l - l'|."""
 
 
 def mnist_seed_suite(*, data_root: str | Path | None = None, seed: int = 0) -> Suite:
@@ -58,7 +62,7 @@ def mnist_seed_suite(*, data_root: str | Path | None = None, seed: int = 0) -> S
     first = Task(name="task-0", train=images, val=held_out, test=held_out)
 
     def tasks(suffix: str) -> tuple[Task, ...]:
-        return tuple(_renamed(first, f"task-{i}{suffix}") for i in range(N_TASKS))
+        return tuple(_renamed(first, f"task-{i}", suffix) for i in range(N_TASKS))
 
     return Suite(
         name="mnist-seed",
@@ -71,10 +75,11 @@ def mnist_seed_suite(*, data_root: str | Path | None = None, seed: int = 0) -> S
     )
 
 
-def _renamed(task: Task, name: str) -> Task:
+def _renamed(task: Task, label: str, suffix: str) -> Task:
     # A shallow copy, not `replace`: its data are checked already, and it keeps the digest, so that
     # 190 MB are read once for all tasks and not 30 times.
     assert task.digest
     same = copy.copy(task)
-    object.__setattr__(same, "name", name)
+    object.__setattr__(same, "name", label + suffix)
+    object.__setattr__(same, "label", label)  # a table learned on task-0 judges task-0-val
     return same

@@ -1,0 +1,188 @@
+"""A sweep's files as one plain dictionary, which the page and notebooks show. No Ray.
+
+Reads what is there while a sweep runs; trials that have ended are read once and remembered.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.evaluation import front
+from rlhf_ray.report import accounts
+from rlhf_ray.report.explain import Explanation, explain
+from rlhf_ray.report.trials import digest_of, unfinished
+from rlhf_ray.results import BASELINES_FILE, BEST_POLICY, SUMMARY_FILE, SWEEP_FILE, trial_folder
+from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.tables import comparison, copyable
+
+PROGRESS_FILE = "progress.json"
+"""What the driver says while it runs: written by `live`."""
+
+BUILT_IN = ("digits", "mnist", "fashion-mnist")
+"""Suites whose name is their flag, alone or with an ending."""
+
+
+def at(path: str | Path) -> tuple[Storage, str]:
+    """The storage and the sweep's name of a sweep's folder.
+
+    Raises:
+        InputError: there is no sweep.
+    """
+    uri, mark, options = str(path).partition("?")
+    if "://" in uri:
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        storage = open_storage(parent + mark + options)
+    else:
+        folder = Path(path).expanduser().resolve()
+        storage, name = open_storage(folder.parent), folder.name
+    if name and storage.exists(f"{name}/{SWEEP_FILE}"):
+        return storage, name
+    inside = [f for f in storage.folders(name) if storage.exists(f"{name}/{f}/{SWEEP_FILE}")]
+    hint = f"It holds the sweeps {', '.join(inside[:8])}." if inside else "See --list of launch."
+    raise InputError(f"the folder must be a sweep's (with {SWEEP_FILE}), got {str(path)!r}. {hint}")
+
+
+class Gatherer:
+    """Reads a sweep again and again.
+
+    Args:
+        storage: holds the sweep.
+        name: of the sweep's folder.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self._name = name
+        self._seen: dict[str, tuple[tuple[int, float], dict[str, Any]]] = {}
+
+    def gather(self) -> dict[str, Any]:
+        """What there is to show now: plain data, JSON-able.
+
+        Raises:
+            InputError: there is no such sweep.
+        """
+        sweep = self._read(SWEEP_FILE)
+        if not sweep:
+            where = self._storage.shown
+            raise InputError(f"a sweep must be there, got {self._name!r} under {where!r}.")
+        progress, summary = self._read(PROGRESS_FILE), self._read(SUMMARY_FILE)
+        trials = self._trials(sweep, progress)
+        done = [trial for trial in trials if trial["status"] == "done"]
+        best = max(done, key=lambda trial: trial["utility"])["name"] if done else None
+        baselines = self._read(BASELINES_FILE)
+        explanation = self._explanation(sweep, best, baselines)
+        metric, higher = str(sweep["metric"]["name"]), bool(sweep["metric"]["higher_is_better"])
+        methods = summary.get("methods", {})
+        config = sweep.get("config", {})
+        return {
+            "name": self._name,
+            "suite": sweep["suite"],
+            "state": sweep["state"],
+            "created": sweep.get("created"),
+            "generated": time.time(),
+            "directory": f"{self._storage.shown.rstrip('/')}/{self._name}",
+            "metric": metric,
+            "higher_is_better": higher,
+            "unit": "seconds" if config.get("cost") == "seconds" else "full stages",
+            "levels": sweep.get("levels", []),
+            "tasks": {role: len(names) for role, names in sweep.get("tasks", {}).items()},
+            "config": config,
+            "versions": sweep.get("versions", {}),
+            "utility": {
+                "cost": config.get("utility_cost"), "switches": config.get("utility_switch"),
+            },
+            "trials": trials,
+            "best": best,
+            "methods": accounts.methods(methods),
+            "comparison": comparison(methods, metric=metric, higher_is_better=higher)
+            if methods else None,
+            "val_marks": accounts.val_marks(baselines),
+            "learned": None if explanation is None else vars(explanation),
+            "effects": accounts.effects(done),
+            "stages": accounts.account(done, self._seen.values(), summary),
+            "best_paths": accounts.best_paths(done, baselines, sweep),
+            "health": accounts.health(sweep, trials, progress),
+            "commands": self._commands(sweep, bool(methods)),
+        }  # fmt: skip
+
+    def explanation(self, trial: str) -> Explanation | None:
+        """What a trial's policy learned; None if it has not been judged."""
+        best = self.gather()["best"]
+        baselines = self._read(BASELINES_FILE) if trial == best else {}
+        return self._explanation(self._read(SWEEP_FILE), trial, baselines)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _read(self, file: str) -> dict[str, Any]:
+        found = self._storage.read_json(f"{self._name}/{file}")
+        return found if isinstance(found, dict) else {}
+
+    def _trials(
+        self, sweep: Mapping[str, Any], progress: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        ending, folder = "/trial.json", f"{self._name}/trials"
+        for file in self._storage.files(folder):
+            name = file.name.removeprefix(f"{folder}/").removesuffix(ending)
+            mark = (file.size_bytes, file.modified_s)
+            if file.name.endswith(ending) and self._seen.get(name, (None,))[0] != mark:
+                record = self._storage.read_json(file.name)
+                if isinstance(record, dict):
+                    self._seen[name] = (mark, digest_of(record, sweep))
+        running = progress.get("trials", {})
+        trials = []
+        for planned in sweep["trials"]:
+            name = planned["name"]
+            known = self._seen[name][1] if name in self._seen else None
+            if known is None or (known["status"] == "failed" and name in running):
+                trials.append(unfinished(planned, running.get(name)))
+            else:
+                trials.append(dict(known))
+        higher = sweep["metric"]["higher_is_better"]
+        marks = front([(trial["metric"], trial["cost"]) for trial in trials], higher)
+        for trial, on in zip(trials, marks, strict=True):
+            trial["on_front"] = on
+        return trials
+
+    def _explanation(
+        self, sweep: Mapping[str, Any], trial: str | None, baselines: Mapping[str, Any]
+    ) -> Explanation | None:
+        if trial is None:
+            return None
+        record = self._storage.read_json(f"{trial_folder(self._name, trial)}/trial.json")
+        if not isinstance(record, dict) or not record.get("runs"):
+            return None
+        return explain(
+            record["runs"],
+            baselines.get("runs", {}).get("policy", []),
+            levels=sweep["levels"],
+            operations=sweep["operations"],
+            horizon=sweep["config"]["horizon"],
+            metric=sweep["metric"]["name"],
+            drivers=record.get("drivers", []),
+        )
+
+    def _commands(self, sweep: Mapping[str, Any], compared: bool) -> dict[str, str]:
+        directory = f"{self._storage.shown.rstrip('/')}/{self._name}"
+        suite = str(sweep["suite"])
+        flag = suite if suite.startswith(BUILT_IN) else "package.module:function"
+        tasks = sweep.get("tasks", {}).get("test", [])
+        policy = f"{directory}/{BEST_POLICY}"
+        apply = [
+            "python", "-m", "rlhf_ray.apply", "--policy", policy, "--suite", flag,
+            "--task", str(tasks[0]) if tasks else "TASK", "--output", "tuned.safetensors",
+        ]  # fmt: skip
+        python = (
+            "import rlhf_ray as rr\n\n"
+            f"policy = rr.Policy.load({policy!r})\n"
+            "tuned = rr.finetune(model, levels, task, policy)  # your model, levels and task"
+        )
+        board = ["tensorboard", "--logdir", directory]
+        serve = ["python", "-m", "rlhf_ray.report", directory, "--serve"]
+        commands = {"tensorboard": _shell(board), "serve": _shell(serve)}
+        return {"apply": _shell(apply), "python": python, **commands} if compared else commands
+
+
+def _shell(words: Sequence[str]) -> str:
+    return "\n".join(copyable(words, columns=96))

@@ -1,0 +1,134 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rlhf_ray.digests import derive_seed, digest, source_digest, tensor_digest
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_digest_is_a_function_of_the_content(value: object) -> None:
+    assert digest(value) == digest(value) and len(digest(value)) == 64
+    assert digest(value) != digest(value, None)
+
+
+def test_digest_refuses_what_has_no_one_form() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        digest(float("nan"))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        digest(object())
+
+
+@given(st.lists(st.integers() | st.text()))
+def test_seeds_fit_every_generator(parts: list[object]) -> None:
+    seed = derive_seed(*parts)
+    assert 0 <= seed < 2**63
+    torch.Generator().manual_seed(seed)
+
+
+def test_digests_hold_across_processes() -> None:
+    code = "from rlhf_ray.digests import derive_seed; print(derive_seed(0, 'episode', 3))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == derive_seed(0, "episode", 3)
+
+
+def test_tensor_digest_sees_names_types_shapes_and_values() -> None:
+    x = torch.arange(6.0)
+    others = [
+        {"y": x}, {"x": x.double()}, {"x": x.view(2, 3)}, {"x": x + 1}, {"x": x.bfloat16()}, {},
+    ]  # fmt: skip
+    assert len({tensor_digest(t) for t in ({"x": x}, *others)}) == 7
+    image = torch.randn(2, 3, 4, 4)
+    channels_last = image.to(memory_format=torch.channels_last)
+    assert tensor_digest({"x": image}) == tensor_digest({"x": channels_last})
+    assert tensor_digest({"a": x, "b": x}) == tensor_digest({"b": x, "a": x})
+
+
+def test_source_of_library_code_is_its_name_of_users_its_text() -> None:
+    def first(x: int) -> int:
+        return x + 1
+
+    kept = source_digest(first)
+
+    def first(x: int) -> int:
+        return x + 2
+
+    assert source_digest(first) != kept
+    assert source_digest(nn.Linear) == "torch.nn.modules.linear.Linear"
+    assert source_digest(len) == source_digest(len)  # there is no source to read
+
+
+def weighed(factor: float) -> Callable[[float], float]:
+    return lambda x: x * factor
+
+
+class Scaled:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: float) -> float:
+        return x * self.factor
+
+    def method(self, x: float) -> float:
+        return x + self.factor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda f: partial(F.cross_entropy, label_smoothing=f),
+        lambda f: nn.CrossEntropyLoss(label_smoothing=f),
+        lambda f: nn.CrossEntropyLoss(weight=torch.tensor([f, 1.0])),
+        weighed,
+        Scaled,
+        lambda f: Scaled(f).method,
+        lambda f: partial(weighed(1.0), f),
+        lambda f: weighed(weighed(f)),  # type: ignore[arg-type]
+        lambda f: Scaled([{"a": (f, None)}]),  # type: ignore[arg-type]
+    ],
+)
+def test_what_a_callable_carries_counts(make: Callable[[float], Any]) -> None:
+    assert source_digest(make(0.1)) == source_digest(make(0.1)) != source_digest(make(0.2))
+
+
+def test_what_refers_to_itself_has_a_digest() -> None:
+    def recursive(n: int) -> int:
+        return n and recursive(n - 1)
+
+    scaled = Scaled(1.0)
+    scaled.factor = scaled  # type: ignore[assignment]
+    for thing in (recursive, scaled):
+        assert source_digest(thing) == source_digest(thing)
+
+
+def test_carried_values_hold_across_processes() -> None:
+    code = (
+        "import torch, functools; from rlhf_ray.digests import source_digest\n"
+        "f = functools.partial(torch.nn.functional.cross_entropy, label_smoothing=0.1)\n"
+        "print(source_digest(f), source_digest(torch.nn.CrossEntropyLoss(label_smoothing=0.1)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    function = partial(F.cross_entropy, label_smoothing=0.1)
+    expected = [source_digest(function), source_digest(nn.CrossEntropyLoss(label_smoothing=0.1))]
+    assert done.stdout.split() == expected
+
+
+def test_source_may_be_asked_for_by_many_threads_at_once() -> None:
+    kinds = [type(f"Kind{i}", (Scaled,), {"__module__": __name__}) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(source_digest, kinds * 8))
+    assert found == [source_digest(kind) for kind in kinds] * 8

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch import nn
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.levels import model_digest, split_levels
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "stem": nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)),
+            "act": nn.ReLU(),
+            "mid": nn.Linear(2, 2),
+            "head": nn.Linear(2, 3),
+        }
+    )
+
+
+def test_split_resolves_parameters_buffers_and_what_is_left() -> None:
+    split = split_levels(model(), {"a": ["stem.0", "stem.1"], "b": ["head"]})
+    assert split.names == ("a", "b") and split.n_levels == 2
+    assert split.parameters[1] == ("head.weight", "head.bias")
+    assert "stem.1.running_mean" in split.state[0]
+    assert "stem.1.running_mean" not in split.parameters[0]
+    assert split.unassigned == ("mid.weight", "mid.bias")
+    found = [split.level_of(name) for name in ("stem.1", "stem", "head", "mid")]
+    assert found == [0, None, 1, None]
+
+
+def test_order_is_that_of_the_mapping() -> None:
+    assert split_levels(model(), {"late": ["head"], "early": ["stem"]}).names == ("late", "early")
+
+
+@pytest.mark.parametrize(
+    ("levels", "match"),
+    [
+        ({}, "levels must map level names to module names"),
+        (["stem"], "levels must map level names to module names"),
+        ({"a": "stem"}, r"level 'a' must list module names, got 'stem'. Write \['stem'\]"),
+        ({"a": ["steam"]}, "module of level 'a' must be one that exists.*Did you mean 'stem'"),
+        ({"a": ["stem"], "b": ["stem.0"]}, "disjoint, got module 'stem.0' in 'b' and 'stem' in"),
+        ({"a": ["stem", "stem"]}, "disjoint"),
+        ({"a": ["act"]}, "every level must have parameters, got none in level 'a'"),
+        ({"a": [""], "b": ["head"]}, "disjoint"),
+    ],
+)
+def test_bad_levels_are_refused(levels: object, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        split_levels(model(), levels)  # type: ignore[arg-type]
+
+
+def test_weights_tied_across_levels_are_refused_within_one_they_are_not() -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(InputError, match=r"'0.weight' of 'a' tied to '2.weight' of 'b'"):
+        split_levels(tied, {"a": ["0"], "b": ["1", "2"]})
+    assert split_levels(tied, {"a": ["0", "2"], "b": ["1"]}).unassigned == ()
+
+
+def test_digest_follows_weights_structure_and_levels() -> None:
+    levels = {"a": ["stem"], "b": ["head"]}
+
+    def digest(net: nn.Module, levels: dict[str, list[str]] = levels) -> str:
+        return model_digest(net, split_levels(net, levels))
+
+    changed = model()
+    with torch.no_grad():
+        changed["head"].bias[0] += 1e-3  # type: ignore[index]
+    other_code = model()
+    other_code["act"] = nn.GELU()  # type: ignore[index]
+    assert digest(model()) == digest(model())
+    found = {
+        digest(model()),
+        digest(changed),
+        digest(other_code),
+        digest(model(), {"a": ["stem"], "c": ["head"]}),
+        digest(model(), {"a": ["stem"], "b": ["mid", "head"]}),
+    }
+    assert len(found) == 5

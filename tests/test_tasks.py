@@ -1,0 +1,129 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.tasks import Metric, Suite, Task, accuracy, input_tensors, map_inputs, n_examples
+
+X, Y = torch.zeros(8, 4), torch.arange(8) % 3
+
+
+def task(name: str = "a", **changes: object) -> Task:
+    return Task(name=name, **{"train": (X, Y), "val": (X, Y), "test": (X, Y), **changes})  # type: ignore[arg-type]
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3))
+
+
+def suite(**changes: object) -> Suite:
+    settings = {
+        "name": "s", "model": model(), "levels": {"low": ["0"], "head": ["2"]},
+        "train_tasks": [task("a")], "val_tasks": [task("b")], "test_tasks": [task("c")],
+    }  # fmt: skip
+    return Suite(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"name": ""}, "name must be a non-empty string"),
+        ({"train": X}, r"'a', train: data must be a pair \(x, y\).*got a Tensor"),
+        ({"train": (X, Y, Y)}, "got a tuple of 3"),
+        ({"val": (X, Y.tolist())}, "'a', val: data must be a pair"),
+        ({"val": ([1.0], Y)}, "x must be a tensor, tuple or dict of tensors, got a list"),
+        ({"val": ({}, Y)}, "x must be a tensor, tuple or dict"),
+        ({"val": ((X, 3), Y)}, "x/1 must be a tensor with a batch dimension, got a int"),
+        ({"test": (torch.tensor(1.0), Y)}, "x/x must be a tensor with a batch dimension"),
+        ({"test": (X[:0], Y[:0])}, "data must not be empty, got x/x of shape"),
+        ({"test": (X[:5], Y)}, "as many examples, got x/x with 5 and y with 8"),
+        ({"test": ({"a": X, "b": X[:2]}, Y)}, "got x/b with 2"),
+        ({"train": (X.index_fill(0, torch.tensor([1]), torch.nan), Y)}, "finite, got NaN or inf"),
+        ({"train": (X, Y.float().div(0))}, "finite, got NaN or infinity in y"),
+    ],
+)
+def test_bad_data_names_task_split_and_tensor(change: dict[str, object], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        task(**{"name": "a", **change})  # type: ignore[arg-type]
+
+
+def test_digest_is_of_the_content() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets) * 2
+
+    same = task("another name", train=(X.clone(), Y.clone()))
+    assert same.digest == task("a").digest
+    others = [
+        task(train=(X + 1, Y)),
+        task(test=(X, Y.flip(0))),
+        task(train=({"x": X}, Y), val=({"x": X}, Y)).digest and task(val=(X.double(), Y)),
+        task(loss=loss),
+        task(metric=Metric(name="loss", function=F.cross_entropy, higher_is_better=False)),
+    ]
+    assert len({task("a").digest, *(other.digest for other in others)}) == 6
+
+
+def test_plain_function_counts_as_a_metric_of_which_more_is_better() -> None:
+    def margin(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.max()
+
+    metric = task(metric=margin).metric
+    assert isinstance(metric, Metric) and (metric.name, metric.higher_is_better) == ("margin", True)
+    lower = Metric(name="mse", function=F.mse_loss, higher_is_better=False)
+    assert (metric.score(2.0), lower.score(2.0)) == (2.0, -2.0)
+
+
+def test_accuracy_of_classes_and_of_pixels() -> None:
+    outputs = torch.eye(3)
+    assert accuracy.function(outputs, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
+    pixels = torch.zeros(1, 2, 2, 2)
+    pixels[:, 1, 0] = 1.0
+    assert accuracy.function(pixels, torch.tensor([[[1, 1], [1, 1]]])) == 0.5
+
+
+@pytest.mark.parametrize("inputs", [X, (X, X + 1), {"a": X, "b": X + 1}])
+def test_inputs_keep_their_form(inputs: object) -> None:
+    doubled = map_inputs(lambda value: value + 2, inputs)  # type: ignore[arg-type]
+    assert type(doubled) is type(inputs) and n_examples(doubled) == 8
+    pairs = zip(input_tensors(doubled).values(), input_tensors(inputs).values(), strict=True)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b + 2) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"name": "../up"}, "usable as a folder's, got name='../up'"),
+        ({"name": ".."}, "usable as a folder's"),
+        ({"name": ""}, "usable as a folder's"),
+        ({"train_tasks": []}, "must have train tasks, got none"),
+        ({"val_tasks": [task("a")]}, "task names must be unique, got 'a' twice"),
+        ({"val_tasks": ["b"]}, "val_tasks must hold rlhf_ray.Task, got a str"),
+        ({"levels": {"low": ["0"], "head": ["3"]}}, "module of level 'head'"),
+        ({"test_tasks": [task("c", test=(X, Y + 7))]}, r"'c', test: labels must lie in \[0, 2\]"),
+        ({"test_tasks": [task("c", train=(X, Y - 1))]}, "got labels from -1 to 1"),
+        ({"test_tasks": [task("c", val=(X, Y.int()))]}, "labels must be int64, got torch.int32"),
+        ({"test_tasks": [task("c", train=(X[:, :3], Y))]}, "'c': model and loss must take its"),
+    ],
+)
+def test_bad_suite_is_one_clear_line(changes: dict[str, object], match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        suite(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_suite_leaves_the_model_as_it_was() -> None:
+    net = model().train()
+    net[0].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    suite(model=net)
+    assert [module.training for module in net.modules()] == [True, False, True, True]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_suite_finds_its_tasks_by_name() -> None:
+    made = suite()
+    assert [found.name for found in made.tasks()] == ["a", "b", "c"]
+    assert made.task("b") is made.val_tasks[0]
+    with pytest.raises(InputError, match=r"task must be one that exists, got task='bb'. Did you"):
+        made.task("bb")
