@@ -39,6 +39,21 @@ def test_files_written_read_listed_deleted(storage: Storage) -> None:
     assert storage.list() == []
 
 
+def test_folders_are_those_right_below(storage: Storage) -> None:
+    for name in ("a/x.bin", "top.bin"):
+        storage.write_bytes(name, b"")
+    assert storage.folders() == ["a"]
+    assert storage.folders("a") == storage.folders("nothing") == []
+
+
+def test_others_can_write_there(storage: Storage) -> None:
+    storage.write_bytes("a/x.bin", b"one")
+    filesystem, path = storage.opened("a/x.bin")
+    assert filesystem.get_file_info(path).size == 3
+    with pytest.raises(InputError, match="stays in its folder"):
+        storage.opened("../x")
+
+
 def test_json_cut_counts_as_absent(storage: Storage) -> None:
     storage.write_json("a/s.json", {"n": [1, 2.5, None]})
     assert storage.read_json("a/s.json") == {"n": [1, 2.5, None]}

@@ -320,6 +320,7 @@ def test_own_operations_one_that_fails_and_a_metric_of_which_less_is_better(
     assert any("RuntimeError: no such luck" in line for line in progress.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_replaying_what_is_not_there_fails_with_a_clear_line(tmp_path: Path) -> None:
     result = search(small_suite(), config(tmp_path, replay_only=True))
