@@ -193,9 +193,9 @@ class CacheLedger:
         """
         lowest = min(levels)
         start = max(b for b in self.usable if b <= lowest)
-        fill_from = max(b for b in self.train if b <= start)
-        train = self.train
-        if n_train <= n_drawn:  # else running the drawn examples alone is cheaper: nothing is kept
+        fill_from, train = 0, self.train
+        if n_train <= n_drawn:  # else the drawn examples alone are run, from the inputs on
+            fill_from = max(b for b in self.train if b <= start)
             train = train | {b for b in self.usable if fill_from < b <= start}
         # values at boundary b depend on the levels below b
         train, val = (frozenset(b for b in kept if b <= lowest) for kept in (train, self.val))

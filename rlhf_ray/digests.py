@@ -6,6 +6,7 @@ Seeds are derived here too, so that every random draw follows from what it stand
 import hashlib
 import inspect
 import json
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -64,15 +65,19 @@ def _source(thing: Any, inside: tuple[int, ...]) -> str:
     return digest(_code(type(thing)), carried)
 
 
-@cache
+_one_reader = threading.Lock()
+"""Python 3.11 parses in one thread at a time only: others get a SystemError."""
+
+
+@cache  # reading source takes milliseconds, and follows later edits
 def _code(thing: Callable[..., Any] | type) -> str:
-    # Read once: reading source takes milliseconds, is not thread-safe, and follows later edits.
     module = getattr(thing, "__module__", "") or ""
     name = f"{module}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
     if module.split(".")[0] in {"torch", "torchvision", "rlhf_ray"}:
         return name
     try:
-        source = inspect.getsource(thing)
+        with _one_reader:
+            source = inspect.getsource(thing)
     except (OSError, TypeError):
         source = ""
     return digest(name.replace("__main__", ""), source)

@@ -1,6 +1,7 @@
 """The engine: exact with and without caches, deterministic, and right about what diverged."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError
@@ -179,6 +181,24 @@ def test_run_stores_only_the_levels_it_changed() -> None:
     outcome, states = engine.run(request, start, lambda version, level: pytest.fail("no load"))
     assert set(states) == {1}
     assert outcome.versions == (PRETRAINED, outcome.key)
+
+
+@pytest.mark.parametrize("name", ["cnn2", "cnn4", "resnet18", "transformer"])
+@pytest.mark.parametrize("steps", [1, 4])  # fewer examples than the train split holds, and more
+def test_account_is_what_torch_counts_on_the_executed_path(name: str, steps: int) -> None:
+    suite = dataclasses.replace(suite_of(zoo.CASES[name]), source=None)
+    last = len(suite.levels) - 1
+    path = path_of((last,), (0,), (last,), tuple(range(last + 1)), operation=train(steps=steps))
+    priced = LocalStages(Engine(suite, SETTINGS))
+    charged = 0.0
+    for length in range(len(path) + 1):
+        outcome = priced.outcome(StageRequest(task="task", path=path[:length])).outcome
+        charged += sum(outcome.flops.values())
+    engine = Engine(suite, SETTINGS)
+    engine._flop_models = priced.engine._flop_models  # type: ignore[attr-defined]  # measured
+    with FlopCounterMode(display=False) as counter:
+        LocalStages(engine).outcome(StageRequest(task="task", path=path))
+    assert charged == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 def test_caches_stay_within_their_bound() -> None:
