@@ -135,6 +135,18 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def write(rows: list[dict[str, Any]]) -> None:
+    """Table and summary of the runs so far."""
+    where, table = Path(__file__), pd.DataFrame(rows).sort_values(KEY)
+    table.to_csv(where.with_suffix(".csv"), index=False)
+    head = (
+        f"`python experiments/known_optimum.py`: {N_PROBLEMS} problems, {N_SEEDS} seeds (stock: "
+        f"{N_STOCK} problems, 1 seed), {len(table)} runs on one core of {platform.machine()} each, "
+        f"torch {torch.__version__}, ray {ray.__version__}.\n\n"
+    )
+    where.with_suffix(".md").write_text(head + summary(table) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=1, help="runs at once (default 1)")
@@ -152,16 +164,8 @@ def main() -> None:
     with ProcessPoolExecutor(args.processes, mp_context=context, initializer=start_process) as pool:
         for future in as_completed([pool.submit(run, *w) for w in wanted if w not in done]):
             rows.append(future.result())
-            table = pd.DataFrame(rows).sort_values(KEY)
-            table.to_csv(where, index=False)
-    table = pd.DataFrame(rows)
-    head = (
-        f"`python experiments/known_optimum.py`: {N_PROBLEMS} problems, {N_SEEDS} seeds (stock: "
-        f"{N_STOCK} problems, 1 seed), one core of {platform.machine()} per run, "
-        f"torch {torch.__version__}, ray {ray.__version__}.\n\n"
-    )
-    where.with_suffix(".md").write_text(head + summary(table) + "\n")
-    print(head + summary(table))
+            write(rows)
+    print(where.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

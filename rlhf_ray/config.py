@@ -40,8 +40,8 @@ class SearchConfig:
     Attributes:
         gamma: discount per stage, in [0, 1]; one or more values to sweep.
         epsilon: final share of random actions, in [0, 1]; 1 over the first quarter of the
-            episodes, then falls linearly over the second; one or more values to sweep. "ppo" has none: it samples, and the
-            RLlib setting entropy_coeff says how random it stays.
+            episodes, then falls linearly over the second; one or more values to sweep. "ppo" has
+            none: it samples, and the RLlib setting entropy_coeff says how random it stays.
         tuning_cost_weight: reward taken per full stage of tuning cost, >= 0; one or more values.
         switch_cost_weight: reward taken per level of distance handed over, >= 0; one or more.
         num_samples: random search: this many trials, each swept setting drawn between its lowest
@@ -97,7 +97,7 @@ class SearchConfig:
     num_samples: int | None = None
     algorithm: str = "dqn"
     alpha: float = 0.1
-    episodes: int = 72
+    episodes: int = 32
     horizon: int = 5
     budget: float | None = None
     seed: int = 0
@@ -196,8 +196,8 @@ class SearchConfig:
         groups = as_groups_of(self.observation)
         if suite is None:
             return Observer(groups=groups)
-        tasks = tuple(dict.fromkeys(task.label for task in suite.train_tasks))
-        labels = {task.name: task.label for task in suite.tasks()}
+        tasks = tuple(dict.fromkeys(task.known_as for task in suite.train_tasks))
+        labels = {task.name: task.known_as for task in suite.tasks()}
         return Observer(groups=groups, tasks=tasks, labels=labels)
 
     def as_json(self) -> dict[str, Any]:

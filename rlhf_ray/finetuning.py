@@ -110,7 +110,7 @@ def finetune(
     observer = Observer(
         groups=tuple(process["groups"]),
         tasks=tuple(process["tasks"]),
-        labels={task.name: task.label},
+        labels={task.name: task.known_as},
     )
     engine = Engine(suite, _engine_settings(process, device), source_moments=policy.source_moments)
     settings = ProcessSettings(

@@ -207,7 +207,8 @@ def _show_header(
     terminal.message(f"suite    {suite.name}: levels {levels}; tasks {tasks}")
     terminal.message(
         f"sweep    {len(planned.trials)} trials of {config.episodes} episodes with "
-        f"{config.algorithm}; at most {config.horizon} stages each; {config.judge_replicas} replica seeds"
+        f"{config.algorithm}; at most {config.horizon} stages each; "
+        f"{config.judge_replicas} replica seeds"
     )
     terminal.show_lines(f"results  {planned.directory}")
 

@@ -198,7 +198,7 @@ def prepare(
 def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation]) -> str:
     identity = suite_identity(suite, config.engine_settings())
     roles = [
-        [(task.name, task.label) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
+        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
     ]
     return digest(
         config.digest(),

@@ -115,17 +115,21 @@ class Task:
     test: tuple[Inputs, Tensor]
     loss: Loss = F.cross_entropy
     metric: Metric | Callable[[Tensor, Tensor], Tensor | float] = accuracy
-    label: str = ""
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"a task's name must be a non-empty string, got name={self.name!r}.")
-        if not isinstance(self.label, str):
+        if self.label is not None and not isinstance(self.label, str):
             raise InputError(f"a task's label must be a string, got label={self.label!r}.")
-        object.__setattr__(self, "label", self.label or self.name)
         object.__setattr__(self, "metric", as_metric(self.metric))
         for split in SPLITS:
             _check_split(self.name, split, getattr(self, split))
+
+    @property
+    def known_as(self) -> str:
+        """The label, or the name of a task without one."""
+        return self.label or self.name
 
     def split(self, name: str) -> tuple[Inputs, Tensor]:
         """The (x, y) of "train", "val" or "test"."""

@@ -29,7 +29,6 @@ from rlhf_ray.storage import Storage
 from rlhf_ray.tally import TalliedStages, Tally
 from rlhf_ray.workers import RayStages
 
-
 WARM_UP = 0.25
 """Part of the episodes that are random altogether: the same ones, and so free, in all trials."""
 

@@ -110,7 +110,7 @@ def test_derived_settings_carry_the_weights() -> None:
 
 
 def test_q_learning_wants_an_observation_of_finitely_many_states() -> None:
-    with pytest.raises(InputError, match="got observation=all. Add --observation tabular"):
+    with pytest.raises(InputError, match=r"got observation=all\. Add --observation tabular"):
         check_observation(SearchConfig(algorithm="q-learning"))
     for observation in (("tabular",), ("prefix",), ("tabular", "prefix")):
         check_observation(SearchConfig(algorithm="q-learning", observation=observation))

@@ -10,7 +10,8 @@ import rlhf_ray
 ROOT = Path(rlhf_ray.__file__).parent
 
 RAY_MODULES = {
-    "env", "ray_session", "sweep", "tensorboard", "tree_actor", "trial", "tuning", "workers",
+    "cluster_metrics", "env", "ray_session", "sweep", "tensorboard", "tree_actor", "trial",
+    "tuning", "workers",
 }  # fmt: skip
 """May import Ray, or one another, when they are imported; so may the algorithms, but for those:"""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rlhf_ray.suites.images as images
-from rlhf_ray.config import SearchConfig, with_defaults
+from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.suites import SUITES, load_suite
@@ -195,6 +195,9 @@ def test_mnist_seed_is_literal(data_root: Path) -> None:
     assert len({id(task.train[0]) for task in tasks}) == 1
     assert len({task.digest for task in tasks}) == 1
     assert tasks[0].val is tasks[0].test
+    assert len({task.name for task in tasks}) == 30
+    known = {task.known_as for task in suite.train_tasks}  # a table judges what it learned on
+    assert {task.known_as for task in tasks} == known and len(known) == 10
     assert [len(tasks[0].split(split)[1]) for split in SPLITS] == [60_000, 10_000, 10_000]
     again = load_suite("mnist-seed", data_root=data_root)
     head, same = suite.model.get_submodule("head"), again.model.get_submodule("head")
@@ -205,6 +208,9 @@ def test_mnist_seed_defaults_are_settings_of_a_search() -> None:
     config = with_defaults(SearchConfig(), DEFAULTS)
     assert (config.steps, config.batch_size, config.horizon) == (None, 32, 10)
     assert config.switch_cost_weight == (1.0,)
+    assert (config.algorithm, config.alpha) == ("q-learning", 0.1)
+    assert [operation.name for operation in config.operations()] == ["train_mid", "stop"]
+    check_observation(config)
 
 
 def test_every_suite_has_a_line_of_description() -> None:

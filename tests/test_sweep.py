@@ -379,10 +379,10 @@ class Launched:
             assert self.process.poll() is None, self.log.read_text()[-2000:]
             time.sleep(0.05)
 
-    def ends(self, timeout_s: float = 180.0) -> int:
+    def ends(self, timeout_s: float = 300.0, *, family_s: float = 30.0) -> int:
         """Waits for the exit status, and for the last of the family."""
         status = self.process.wait(timeout_s)
-        end = time.monotonic() + 30
+        end = time.monotonic() + family_s
         while self.family():
             assert time.monotonic() < end, f"left behind: {self.family()}"
             time.sleep(0.2)
@@ -497,7 +497,7 @@ def kill_and_go_on(
         run.wait_until(lambda wanted=wanted: n_files() >= wanted)
         time.sleep(draw.uniform(0, 0.3))
         run.process.kill()
-        assert run.ends() == -signal.SIGKILL
+        assert run.ends(family_s=120.0) == -signal.SIGKILL  # Ray's monitors look now and then
     committed, before = stages_in(storage / "tree"), executed(storage / name)
     contents = {file: file.read_bytes() for file in (storage / "tree").rglob("*.json")}
     run = launch(words, PYTHONPATH=str(HERE))

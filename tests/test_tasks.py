@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,3 +129,12 @@ def test_suite_finds_its_tasks_by_name() -> None:
     assert made.task("b") is made.val_tasks[0]
     with pytest.raises(InputError, match=r"task must be one that exists, got task='bb'. Did you"):
         made.task("bb")
+
+
+def test_a_tasks_label_is_its_name_unless_given() -> None:
+    first = suite().train_tasks[0]
+    assert dataclasses.replace(first, name="b").known_as == "b"
+    labelled = dataclasses.replace(first, name="b", label="a")
+    assert labelled.known_as == "a" and labelled.digest == first.digest
+    with pytest.raises(InputError, match="label must be a string, got label=3"):
+        dataclasses.replace(first, label=3)  # type: ignore[arg-type]
