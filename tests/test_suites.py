@@ -130,6 +130,7 @@ def test_missing_data_is_one_clear_line(
     monkeypatch.setattr(datasets.mnist, "download_and_extract_archive", no_network)
     with pytest.raises(InputError, match="Give --data-root or set RLHF_RAY_DATA") as caught:
         load_suite(name, data_root=tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
     assert "\n" not in str(caught.value)
 
 

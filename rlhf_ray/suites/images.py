@@ -3,6 +3,7 @@
 N images, 28 x 28, one channel, float32 in [0, 1]; labels int64 in [0, 9].
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def read_torchvision(dataset: str, *, train: bool, data_root: str | Path | None)
         data: Any = getattr(datasets, dataset)(root, train=train, download=True)
     # torchvision lets through whatever urllib, the file system or its own parser raises
     except Exception as error:
+        _remove_empty(root / dataset / "raw", root / dataset, root)
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"{dataset} must be found or downloaded, got data_root={str(root)!r} "
@@ -106,6 +108,13 @@ def read_torchvision(dataset: str, *, train: bool, data_root: str | Path | None)
             f"folder that holds {dataset}/raw, or run once with a network."
         ) from error
     return data.data, data.targets.long()
+
+
+def _remove_empty(*folders: Path) -> None:
+    """Removes folders that a download made and left empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
 
 
 def resolve_data_root(data_root: str | Path | None) -> Path:
