@@ -22,7 +22,7 @@ def test_default_is_a_balanced_half_of_the_grid() -> None:
 def test_given_values_make_the_whole_grid_in_order() -> None:
     config = SearchConfig(gamma=(0.5, 0.9), epsilon=0.1, tuning_cost_weight=(0.0, 0.1))  # type: ignore[arg-type]
     points = [tuple(t.values[name] for name in SWEPT) for t in plan_trials(config)]
-    weights = (0.001, 0.004)
+    weights = SearchConfig().switch_cost_weight
     assert points == list(itertools.product((0.5, 0.9), (0.1,), (0.0, 0.1), weights))
 
 
