@@ -358,6 +358,8 @@ class Launched:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env={**os.environ, **environment, name: value, "PYTHONUNBUFFERED": "1"},
+                # not ignored, as it is by what a shell runs in the background
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def family(self) -> list[int]:
