@@ -25,7 +25,7 @@ import ray
 import torch
 
 from rlhf_ray.algorithms import AlgorithmSettings, build_algorithm, level_weights, network_settings
-from rlhf_ray.policy import Policy
+from rlhf_ray.policies.policy import Policy
 from rlhf_ray.testing import Problem, known_optimum_env, random_problem, score
 
 LEVELS = (2, 3, 6)

@@ -8,27 +8,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_ray.comparing import run_baselines
     from rlhf_ray.config import SearchConfig
     from rlhf_ray.errors import InputError, RlhfRayError, StageError, StorageError
-    from rlhf_ray.finetuning import FineTuned, finetune
+    from rlhf_ray.evaluation.comparing import run_baselines
     from rlhf_ray.operations import Operation, Skip, Stop, Train, default_operations
-    from rlhf_ray.policy import Policy
-    from rlhf_ray.results import SearchResult
+    from rlhf_ray.policies.finetuning import FineTuned, finetune
+    from rlhf_ray.policies.policy import Policy
     from rlhf_ray.suites import load_suite
-    from rlhf_ray.sweep import search
+    from rlhf_ray.sweep.results import SearchResult
+    from rlhf_ray.sweep.search import search
     from rlhf_ray.tasks import Metric, Suite, Task
 
 _HOMES = {
-    "comparing": ("run_baselines",),
+    "evaluation.comparing": ("run_baselines",),
     "config": ("SearchConfig",),
     "errors": ("InputError", "RlhfRayError", "StageError", "StorageError"),
-    "finetuning": ("FineTuned", "finetune"),
+    "policies.finetuning": ("FineTuned", "finetune"),
     "operations": ("Operation", "Skip", "Stop", "Train", "default_operations"),
-    "policy": ("Policy",),
-    "results": ("SearchResult",),
+    "policies.policy": ("Policy",),
+    "sweep.results": ("SearchResult",),
     "suites": ("load_suite",),
-    "sweep": ("search",),
+    "sweep.search": ("search",),
     "tasks": ("Metric", "Suite", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

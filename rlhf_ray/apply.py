@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_ray import command_line
-from rlhf_ray.command_line import OK, Flag, SuiteOptions
+from rlhf_ray.commands import command_line
+from rlhf_ray.commands.command_line import OK, Flag, SuiteOptions
+from rlhf_ray.commands.terminal import Terminal
 from rlhf_ray.errors import InputError
-from rlhf_ray.terminal import Terminal
 
 if TYPE_CHECKING:
-    from rlhf_ray.finetuning import FineTuned
-    from rlhf_ray.policy import Policy
+    from rlhf_ray.policies.finetuning import FineTuned
+    from rlhf_ray.policies.policy import Policy
     from rlhf_ray.tasks import Suite, Task
 
 PROG = "python -m rlhf_ray.apply"
@@ -86,8 +86,8 @@ def _apply(arguments: list[str]) -> int:
 def _finetune(
     options: ApplyOptions, suite_options: SuiteOptions, output: Path | None, terminal: Terminal
 ) -> dict[str, Any]:
-    from rlhf_ray.finetuning import finetune
-    from rlhf_ray.policy import Policy
+    from rlhf_ray.policies.finetuning import finetune
+    from rlhf_ray.policies.policy import Policy
     from rlhf_ray.storage import open_storage
 
     policy = Policy.load(options.policy)
@@ -112,7 +112,7 @@ def _finetune(
 
 
 def _show(terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str) -> None:
-    from rlhf_ray.tables import trace_table
+    from rlhf_ray.commands.tables import trace_table
 
     unit = "seconds" if policy.metadata["process"]["cost"] == "seconds" else "full stages"
     figures = {"start_metric": tuned.start_metric, "cost": tuned.cost, "unit": unit}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_ray.errors import InputError, unknown_name
 
 if TYPE_CHECKING:  # the schema needs no torch: what imports it must not slow --help down
-    from rlhf_ray.loaded_model import EngineSettings
-    from rlhf_ray.observations import Observer
+    from rlhf_ray.engine.loaded_model import EngineSettings
     from rlhf_ray.operations import Operation
+    from rlhf_ray.policies.observations import Observer
     from rlhf_ray.process import ProcessSettings, RewardWeights
     from rlhf_ray.tasks import Suite
 
@@ -168,7 +168,7 @@ class SearchConfig:
 
     def engine_settings(self) -> "EngineSettings":
         """How stages are carried out."""
-        from rlhf_ray.loaded_model import EngineSettings
+        from rlhf_ray.engine.loaded_model import EngineSettings
 
         return EngineSettings(
             device=self.device,
@@ -191,7 +191,7 @@ class SearchConfig:
 
     def observer(self, suite: "Suite | None" = None) -> "Observer":
         """What policies see; a tabular observation tells the suite's train tasks apart."""
-        from rlhf_ray.observations import Observer
+        from rlhf_ray.policies.observations import Observer
 
         groups = as_groups_of(self.observation)
         if suite is None:
@@ -221,7 +221,7 @@ class SearchConfig:
 
 def as_groups_of(observation: tuple[str, ...]) -> tuple[str, ...]:
     """Group names of `SearchConfig.observation`."""
-    from rlhf_ray.observations import as_groups
+    from rlhf_ray.policies.observations import as_groups
 
     return as_groups(observation[0] if len(observation) == 1 else observation)
 

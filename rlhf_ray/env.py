@@ -10,7 +10,7 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.utils.typing import MultiAgentDict
 
 from rlhf_ray.digests import derive_seed
-from rlhf_ray.observations import Observer
+from rlhf_ray.policies.observations import Observer
 from rlhf_ray.process import (
     ProcessSpec,
     State,
@@ -20,7 +20,7 @@ from rlhf_ray.process import (
     start_request,
     start_state,
 )
-from rlhf_ray.tally import TalliedStages
+from rlhf_ray.tree.tally import TalliedStages
 
 
 @dataclass(frozen=True, kw_only=True)

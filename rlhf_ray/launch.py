@@ -17,15 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray import command_line
-from rlhf_ray.command_line import OK, TRIALS_FAILED, Flag, SuiteOptions
+from rlhf_ray.commands import command_line
+from rlhf_ray.commands.command_line import OK, TRIALS_FAILED, Flag, SuiteOptions
+from rlhf_ray.commands.terminal import Terminal, duration, number
 from rlhf_ray.config import SearchConfig, with_defaults
 from rlhf_ray.errors import InputError
-from rlhf_ray.terminal import Terminal, duration, number
 
 if TYPE_CHECKING:
-    from rlhf_ray.results import SearchResult
-    from rlhf_ray.sweep import SearchPlan
+    from rlhf_ray.sweep.results import SearchResult
+    from rlhf_ray.sweep.search import SearchPlan
     from rlhf_ray.tasks import Suite
 
 PROG = "python -m rlhf_ray.launch"
@@ -126,8 +126,8 @@ def _launch(arguments: list[str]) -> int:
 
 
 def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
-    from rlhf_ray.results import list_sweeps
-    from rlhf_ray.tables import sweeps_table
+    from rlhf_ray.commands.tables import sweeps_table
+    from rlhf_ray.sweep.results import list_sweeps
 
     sweeps = list_sweeps(config.storage_path)
     if sweeps:
@@ -141,7 +141,7 @@ def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
 def _dry_run(options: SuiteOptions, config: SearchConfig, terminal: Terminal) -> dict[str, Any]:
     with _scratch_copy(config.storage_path) as scratch:
         suite = options.load(scratch, terminal.message)
-    from rlhf_ray.sweep import plan
+    from rlhf_ray.sweep.search import plan
 
     config = with_defaults(config, suite.defaults)
     planned = plan(suite, config, timed=True)
@@ -174,7 +174,7 @@ def _search(
     _check_storage(config.storage_path)
     terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
     suite = suite_options.load(_pretrained_at(config.storage_path), terminal.message)
-    from rlhf_ray.sweep import plan, search
+    from rlhf_ray.sweep.search import plan, search
 
     config = with_defaults(config, suite.defaults)
     planned = plan(suite, config)
@@ -216,7 +216,7 @@ def _show_header(
 def _show_result(
     terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
 ) -> None:
-    from rlhf_ray.tables import (
+    from rlhf_ray.commands.tables import (
         comparison,
         front_table,
         methods_table,
@@ -255,8 +255,8 @@ def _show_result(
 def _show_next_steps(
     terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
 ) -> None:
-    from rlhf_ray.results import BEST_POLICY
-    from rlhf_ray.tables import copyable
+    from rlhf_ray.commands.tables import copyable
+    from rlhf_ray.sweep.results import BEST_POLICY
 
     directory = str(result.directory)
     rows = result.summary.get("rows", [])

@@ -22,7 +22,7 @@ OptimizerName = Literal["adam", "sgd"]
 
 
 class StageSession(Protocol):
-    """What an operation works with; implemented by `rlhf_ray.stages`.
+    """What an operation works with; implemented by `rlhf_ray.engine.stages`.
 
     Attributes:
         levels: the levels the operation may change, ascending.

@@ -11,10 +11,10 @@ import ray
 from ray._private import ray_constants
 
 from rlhf_ray.config import SearchConfig
+from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
-from rlhf_ray.stages import Engine
 from rlhf_ray.tasks import Suite
-from rlhf_ray.workers import StagesHandle, start_workers
+from rlhf_ray.tree.workers import StagesHandle, start_workers
 
 TRIAL_CPUS = 0.5
 """What Ray reserves for a trial: it waits for stages most of the time."""

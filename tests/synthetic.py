@@ -7,7 +7,7 @@ from rlhf_ray.digests import digest
 from rlhf_ray.operations import Operation, Train, default_operations
 from rlhf_ray.outcomes import Outcome, StagePath, StageRequest, StageStep
 from rlhf_ray.process import ProcessSettings, ProcessSpec
-from rlhf_ray.tally import Answer
+from rlhf_ray.tree.tally import Answer
 
 START = 0.5
 """Val metric of the pretrained model; its evaluation costs 0.1 full stages, the probes 0.4."""

@@ -11,11 +11,11 @@ from sweep_files import small_suite
 
 from rlhf_ray import apply
 from rlhf_ray.config import SearchConfig
-from rlhf_ray.loaded_model import EngineSettings
-from rlhf_ray.networks import LevelQNetworks, NetworkSettings
-from rlhf_ray.observations import Observer, as_groups
+from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.operations import operation_as_json
-from rlhf_ray.policy import JSON_NAME, WEIGHTS_NAME, Policy
+from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
+from rlhf_ray.policies.observations import Observer, as_groups
+from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
 from rlhf_ray.process import ProcessSpec
 
 

@@ -2,7 +2,7 @@ import inspect
 
 from rlhf_ray import cluster_metrics
 from rlhf_ray.cluster_metrics import GAUGES, ClusterMetrics
-from rlhf_ray.tree_actor import TreeActor
+from rlhf_ray.tree.actor import TreeActor
 
 
 def test_every_gauge_shows_its_figure_and_silence_shows_nothing(monkeypatch):

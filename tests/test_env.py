@@ -12,10 +12,10 @@ from synthetic import START, SyntheticStages, learns, spec_of
 
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
 from rlhf_ray.errors import FailedStageError, StageError
-from rlhf_ray.observations import Observer
 from rlhf_ray.outcomes import StageRequest
+from rlhf_ray.policies.observations import Observer
 from rlhf_ray.process import ProcessSpec, RewardWeights
-from rlhf_ray.tally import Answer, TalliedStages, Tally
+from rlhf_ray.tree.tally import Answer, TalliedStages, Tally
 
 TASKS = ("a", "b", "c")
 

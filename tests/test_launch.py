@@ -14,13 +14,13 @@ from sweep_files import small_suite, write_sweep
 from rlhf_ray import launch
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.errors import InputError
-from rlhf_ray.results import SearchResult
 from rlhf_ray.storage import open_storage
+from rlhf_ray.sweep.results import SearchResult
 
 
 @dataclass
 class FakeSweep:
-    """Stands in for `rlhf_ray.sweep`; the suite is a small one."""
+    """Stands in for `rlhf_ray.sweep.search`; the suite is a small one."""
 
     storage: Any
     state: str = "new"
@@ -54,7 +54,7 @@ class FakeSweep:
 def sweep(tmp_path, monkeypatch):
     fake = FakeSweep(tmp_path / "runs")
     module = types.SimpleNamespace(plan=fake.plan, search=fake.search)
-    monkeypatch.setitem(sys.modules, "rlhf_ray.sweep", module)
+    monkeypatch.setitem(sys.modules, "rlhf_ray.sweep.search", module)
     monkeypatch.setattr("rlhf_ray.suites.load_suite", lambda name, **_: small_suite())
     return fake
 

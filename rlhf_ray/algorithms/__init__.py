@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.settings import AlgorithmSettings, completed
 from rlhf_ray.errors import InputError, unknown_name
-from rlhf_ray.networks import NetworkSettings
+from rlhf_ray.policies.networks import NetworkSettings
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
@@ -106,7 +106,7 @@ def network_settings(
 
 
 def level_weights(algorithm: "Algorithm") -> "dict[str, Tensor]":
-    """What was learned: the state dict of `LevelQNetworks`, or tables (`rlhf_ray.q_table`)."""
+    """What was learned: the state dict of `LevelQNetworks`, or tables (`q_table`)."""
     learned: dict[str, Tensor] = algorithm.level_weights()  # pyright: ignore[reportAttributeAccessIssue]
     return learned
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.handover import Backup, following, turns
-from rlhf_ray.networks import LevelQNetworks, masked
+from rlhf_ray.policies.networks import LevelQNetworks, masked
 
 if TYPE_CHECKING:
     from ray.rllib.env.multi_agent_episode import MultiAgentEpisode

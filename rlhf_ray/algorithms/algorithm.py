@@ -68,7 +68,7 @@ class HandoverAlgorithm(Algorithm):
 
     @abc.abstractmethod
     def level_weights(self) -> dict[str, torch.Tensor]:
-        """What was learned, by name, as `rlhf_ray.policy.Policy` takes it."""
+        """What was learned, by name, as `rlhf_ray.policies.policy.Policy` takes it."""
 
     def setup(self, config: Any) -> None:
         """Builds runners and learner, and starts the counts."""

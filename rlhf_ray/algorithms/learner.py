@@ -10,7 +10,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
 from rlhf_ray.algorithms.handover import TdLoss, Transitions, td_loss
 from rlhf_ray.algorithms.settings import AlgorithmSettings
-from rlhf_ray.networks import LevelQNetworks
+from rlhf_ray.policies.networks import LevelQNetworks
 
 
 class HandoverLearner(TorchLearner):

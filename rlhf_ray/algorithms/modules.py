@@ -16,7 +16,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 
 from rlhf_ray.digests import derive_seed
-from rlhf_ray.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
+from rlhf_ray.policies.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
 
 
 class LevelModule(TorchRLModule):

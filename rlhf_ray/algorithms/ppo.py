@@ -37,7 +37,7 @@ from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
 from rlhf_ray.algorithms.modules import levels_spec
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError
-from rlhf_ray.networks import LevelQNetworks
+from rlhf_ray.policies.networks import LevelQNetworks
 
 DEFAULTS = {
     "lambda_": 0.95,

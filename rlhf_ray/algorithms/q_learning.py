@@ -26,7 +26,7 @@ from rlhf_ray.algorithms import AlgorithmSettings
 from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
 from rlhf_ray.algorithms.handover import Backup, following, turns
 from rlhf_ray.digests import derive_seed
-from rlhf_ray.q_table import QTable, as_weights
+from rlhf_ray.policies.q_table import QTable, as_weights
 
 OURS = {"grad_clip", "grad_clip_by", "minibatch_size", "num_epochs"}
 """Settings of RLlib that have no meaning for a table."""
@@ -192,7 +192,7 @@ class HandoverQLearning(HandoverAlgorithm):
         return [learn_step(tables, step, alpha=alpha, gamma=gamma) for step in steps]
 
     def level_weights(self) -> dict[str, torch.Tensor]:
-        """The learner's tables, as `rlhf_ray.q_table.as_weights` writes them."""
+        """The learner's tables, as `rlhf_ray.policies.q_table.as_weights` writes them."""
         return as_weights(self._learner.tables(self.config.levels))
 
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlhf_ray.errors import InputError
-from rlhf_ray.networks import EncoderKind
+from rlhf_ray.policies.networks import EncoderKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,9 @@ class AlgorithmSettings:
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].
         hidden: units of the encoder's hidden layers.
         encoder: "shared" by all levels' heads, or "separate".
-        dueling: see `rlhf_ray.networks.NetworkSettings`.
+        dueling: see `rlhf_ray.policies.networks.NetworkSettings`.
         n_members: networks in the ensemble, >= 1.
-        pessimism: see `rlhf_ray.networks.NetworkSettings`.
+        pessimism: see `rlhf_ray.policies.networks.NetworkSettings`.
         double_q: double Q-learning.
         alpha: step size of tabular Q-learning, in (0, 1].
         stock: bootstrap every level from its own next turn, as RLlib's own multi-agent DQN does;

@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_ray import command_line
-from rlhf_ray.command_line import OK
+from rlhf_ray.commands import command_line
+from rlhf_ray.commands.command_line import OK
+from rlhf_ray.commands.terminal import Terminal
 from rlhf_ray.errors import InputError
-from rlhf_ray.terminal import Terminal
 
 PROG = "python -m rlhf_ray.report DIR"
 

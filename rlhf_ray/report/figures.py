@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
+from rlhf_ray.commands.tables import comparison
 from rlhf_ray.report.page import LABELS
-from rlhf_ray.tables import comparison
 
 if TYPE_CHECKING:
     from rlhf_ray.report.explain import Explanation
-    from rlhf_ray.results import SearchResult
+    from rlhf_ray.sweep.results import SearchResult
 
 GREY, BLUE, ORANGE = "#8a8f98", "#2563eb", "#c2570c"
 

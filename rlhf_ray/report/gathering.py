@@ -8,14 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.commands.tables import comparison, copyable
 from rlhf_ray.errors import InputError
-from rlhf_ray.evaluation import front
+from rlhf_ray.evaluation.judging import front
 from rlhf_ray.report import accounts
 from rlhf_ray.report.explain import Explanation, explain
 from rlhf_ray.report.trials import digest_of, unfinished
-from rlhf_ray.results import BASELINES_FILE, BEST_POLICY, SUMMARY_FILE, SWEEP_FILE, trial_folder
 from rlhf_ray.storage import Storage, open_storage
-from rlhf_ray.tables import comparison, copyable
+from rlhf_ray.sweep.results import (
+    BASELINES_FILE,
+    BEST_POLICY,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    trial_folder,
+)
 
 PROGRESS_FILE = "progress.json"
 """What the driver says while it runs: written by `live`."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rlhf_ray.commands.terminal import duration, number
 from rlhf_ray.config import SWEPT
-from rlhf_ray.terminal import duration, number
 
 PAGE_FILE = "report.html"
 """The page's name in the sweep's folder."""

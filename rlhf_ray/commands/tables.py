@@ -1,0 +1,231 @@
+"""What a run shows at its end: short tables of 80 columns, and the comparison in words.
+
+Everything here takes plain data (frames and dictionaries of `results`) and gives rich renderables
+or text. Names come from users: they are never taken for markup or control characters.
+"""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from rlhf_ray.commands.terminal import duration, number, printable, shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_ROWS = 40
+"""Rows of a table at most; the results page shows all."""
+
+NAMED_IN_WORDS = ("full_best", "full", "fixed", "random")
+"""The baselines that the comparison names, in its order."""
+
+SHORT = {
+    "gamma": "gamma",
+    "epsilon": "eps",
+    "tuning_cost_weight": "w cost",
+    "switch_cost_weight": "w swi",
+}
+"""Headers of the swept settings."""
+
+
+def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Table:
+    """The trials, best utility first; `best` is marked with *, the front with f."""
+    headers = ("", "trial", *SHORT.values(), metric, "cost", "switch", "utility")
+    shown = _table("Trials, judged on the val tasks", headers, left=2)
+    ordered = table.sort_values("utility", ascending=False, na_position="last")
+    for row in ordered.head(MAX_ROWS).to_dict("records"):
+        is_best = row["trial"] == best
+        mark = ("*" if is_best else "") + ("f" if row["on_front"] else "")
+        done = row["status"] == "done"
+        figures = [_figure(row[name]) for name in ("metric", "cost", "switches", "utility")]
+        shown.add_row(
+            mark,
+            shortened(str(row["trial"]), 12),
+            *(f"{row[name]:.3g}" for name in SHORT),
+            *(figures if done else [shortened(str(row["status"]), 8), "", "", ""]),
+            style="bold" if is_best else "" if done else "dim",
+        )
+    shown.caption = "* best utility, f on the front" + _left_out(len(table))
+    return shown
+
+
+def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Table:
+    """The trials that no other beats in both metric and cost, cheapest first."""
+    shown = _table(f"Front of {metric} against cost", ("cost", metric, "utility", "trial"), left=0)
+    shown.columns[3].justify = "left"
+    for row in front.head(MAX_ROWS).to_dict("records"):
+        figures = (_figure(row[name]) for name in ("cost", "metric", "utility"))
+        shown.add_row(*figures, shortened(str(row["trial"]), 30))
+    shown.caption = f"cost in {unit}" + _left_out(len(front))
+    return shown
+
+
+def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
+    """The policy and the baselines on the test tasks, in the order given."""
+    headers = ("method", metric, "+-", "cost", "switches", "utility", "rank")
+    shown = _table("Methods on the test tasks", headers, left=1)
+    columns = (
+        "metric_mean",
+        "metric_sd",
+        "cost_mean",
+        "switches_mean",
+        "utility_mean",
+        "rank_mean",
+    )
+    for name, row in methods.to_dict("index").items():
+        shown.add_row(
+            shortened(str(name), 26),
+            *(_figure(row[column]) for column in columns),
+            style="bold" if name == "policy" else "",
+        )
+    shown.caption = f"+- over replica seeds; cost in {unit}"
+    return shown
+
+
+def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
+    """The sweeps under a storage path."""
+    shown = _table("Sweeps", ("name", "suite", "state", "trials", "utility"), left=3)
+    for sweep in sweeps:
+        shown.add_row(
+            shortened(str(sweep["name"]), 28),
+            shortened(str(sweep["suite"]), 18),
+            str(sweep["state"]),
+            f"{sweep['trials_done']}/{sweep['trials']}",
+            _figure(sweep["utility"]),
+        )
+    return shown
+
+
+def trace_table(
+    trace: Sequence[Mapping[str, Any]], *, metric: str, start_metric: float, cost: float, unit: str
+) -> Table:
+    """The steps of one fine-tuning; the first row is what looking at the start cost.
+
+    Args:
+        trace: `FineTuned.trace`.
+        metric: its name.
+        start_metric: on val, before the first step.
+        cost: of the whole.
+        unit: of the costs.
+    """
+    shown = _table(
+        f"What was done, {metric} on val", ("step", "level", "operation", "val", "cost"), left=0
+    )
+    for position in (1, 2):
+        shown.columns[position].justify = "left"
+    start_cost = cost - sum(record["cost"] for record in trace)
+    shown.add_row("0", "", "start", _figure(start_metric), _figure(start_cost))
+    for step, record in enumerate(trace, 1):
+        shown.add_row(
+            str(step),
+            shortened(str(record["level"]), 20),
+            shortened(str(record["operation"]), 24),
+            _figure(record["metric"]) + (" diverged" if record["diverged"] else ""),
+            _figure(record["cost"]),
+        )
+    shown.caption = f"cost in {unit}"
+    return shown
+
+
+def comparison(
+    methods: Mapping[str, Mapping[str, float]], *, metric: str, higher_is_better: bool = True
+) -> str:
+    """One sentence: the policy beside the best-known baselines, whatever the numbers are.
+
+    >>> comparison({"policy": {"metric_mean": 0.90, "cost_mean": 0.5},
+    ...             "full": {"metric_mean": 0.88, "cost_mean": 2.0}}, metric="accuracy")
+    'On the test tasks the policy reaches accuracy 0.900 at cost 0.50: 2.0 points above full at 25% of its cost.'
+    """  # noqa: E501
+    if "policy" not in methods:
+        return "The policy was not compared on the test tasks."
+    own = methods["policy"]
+    against = [
+        f"{_difference(own, methods[name], metric, higher_is_better)} {name} "
+        f"at {_cost_ratio(own, methods[name])}"
+        for name in NAMED_IN_WORDS
+        if name in methods
+    ]
+    begin = (
+        f"On the test tasks the policy reaches {printable(metric)} {own['metric_mean']:.3f} "
+        f"at cost {own['cost_mean']:.2f}"
+    )
+    return f"{begin}: {', '.join(against)}." if against else f"{begin}."
+
+
+def stages_account(stages: Mapping[str, float]) -> str:
+    """What the tree of stages spared."""
+    return (
+        f"Stages: {number(stages['logical'])} asked for, {number(stages['distinct'])} distinct; "
+        f"{duration(stages['seconds_spent'])} spent on them, "
+        f"{duration(max(0.0, stages['seconds_saved']))} saved by sharing."
+    )
+
+
+def copyable(command: Sequence[str], *, columns: int = 78) -> list[str]:
+    r"""A shell command in lines that can be copied as they stand.
+
+    >>> copyable(["run", "--name", "a b", "--list"], columns=16)
+    ['run --name \\', "    'a b' \\", '    --list']
+    """
+    lines, line = [], ""
+    for word in map(shlex.quote, command):
+        if line and len(line) + 1 + len(word) > columns - 2:
+            lines.append(line + " \\")
+            line = "    " + word
+        else:
+            line = f"{line} {word}" if line else word
+    return [*lines, line]
+
+
+def _table(title: str, headers: Sequence[str], *, left: int) -> Table:
+    """An empty table; the first `left` columns are names, the others figures."""
+    table = Table(
+        title=shortened(title, 60),
+        title_style="bold",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for position, header in enumerate(headers):
+        justify = "left" if position < left else "right"
+        table.add_column(shortened(header, 8), justify=justify, no_wrap=True)
+    return table
+
+
+def _left_out(rows: int) -> str:
+    return f"; {rows - MAX_ROWS} more rows are on the results page" if rows > MAX_ROWS else ""
+
+
+def _figure(value: float | None) -> str:
+    """Three decimals, or four digits where that would be long; "-" for none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _difference(
+    own: Mapping[str, float], other: Mapping[str, float], metric: str, higher_is_better: bool
+) -> str:
+    difference = own["metric_mean"] - other["metric_mean"]
+    points = metric == "accuracy"
+    amount = f"{abs(difference) * 100:.1f} points" if points else f"{abs(difference):.3g}"
+    if float(amount.split()[0]) == 0:
+        return "level with"
+    if points:
+        return f"{amount} {'above' if difference > 0 else 'below'}"
+    better = (difference > 0) == higher_is_better
+    return f"{amount} {'better' if better else 'worse'} than"
+
+
+def _cost_ratio(own: Mapping[str, float], other: Mapping[str, float]) -> str:
+    if other["cost_mean"] <= 0:
+        return "a cost of its own, where that costs nothing"
+    ratio = own["cost_mean"] / other["cost_mean"]
+    return f"{ratio:.0%} of its cost" if ratio < 10 else f"{ratio:.0f} times its cost"

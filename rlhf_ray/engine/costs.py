@@ -1,0 +1,256 @@
+"""What a path costs in FLOPs: measured per segment, added up by a ledger of what is cached.
+
+The ledger is the account of a stand-alone fine-tuning along one path; the engine keeps its caches
+by the same rule. What is charged in which unit stands in `env`; seconds are measured in `stages`.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf_ray.engine.segments import SegmentPlan, no_fast_path
+from rlhf_ray.levels import LevelSplit
+from rlhf_ray.tasks import Task, map_inputs, n_examples
+
+_BATCH = 2
+"""Examples per measurement; batch statistics need more than one."""
+
+
+class FlopModel:
+    """FLOPs per example of a plan's segments, counted on a task's own data.
+
+    Counted by `torch.utils.flop_counter` on executed runs, with the kernels switched off that it
+    cannot see into (oneDNN's and cuDNN's LSTM, the fused Transformer path). Results are kept. The
+    model is left as it was.
+
+    Args:
+        plan: how the model is cut.
+        model: the plan's model.
+        split: its levels.
+        task: whose inputs and loss are counted with.
+    """
+
+    def __init__(self, plan: SegmentPlan, model: nn.Module, split: LevelSplit, task: Task) -> None:
+        self.plan = plan
+        self._model = model
+        self._split = split
+        self._loss = task.loss
+        device = next(model.parameters()).device
+        x, y = task.train
+        index = torch.arange(_BATCH) % n_examples(x)
+        self._inputs = map_inputs(lambda value: value[index.to(value.device)].to(device), x)
+        self._targets = y[index.to(y.device)].to(device)
+        self._forward: dict[tuple[int, int], float] = {}
+        self._train: dict[tuple[int, ...], float] = {}
+
+    def forward(self, start: int, stop: int) -> float:
+        """FLOPs per example of an eval-mode run between usable boundaries; stop = L: the output."""
+        if start == stop:
+            return 0.0
+        if (start, stop) not in self._forward:
+            with _measuring(self._model), torch.no_grad():
+                values = self.plan.forward(self.plan.start(self._inputs), 0, start)
+                with FlopCounterMode(display=False) as counter:
+                    if stop == self.plan.n_levels:
+                        self.plan.output(values, start)
+                    else:
+                        self.plan.forward(values, start, stop)
+            self._forward[start, stop] = counter.get_total_flops() / _BATCH
+        return self._forward[start, stop]
+
+    def train_step(self, levels: tuple[int, ...]) -> float:
+        """FLOPs per example of a training step of some levels (ascending).
+
+        Forward from the nearest usable boundary below them to the loss, and backward into them.
+        """
+        if levels not in self._train:
+            start = self.plan.nearest(min(levels))
+            with _measuring(self._model), torch.no_grad():
+                values = self.plan.forward(self.plan.start(self._inputs), 0, start)
+                weights = _train_only(self._model, self._split, levels)
+                with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+                    loss = self._loss(self.plan.output(values, start), self._targets)
+                    torch.autograd.grad(loss, weights, allow_unused=True)
+            self._train[levels] = counter.get_total_flops() / _BATCH
+        return self._train[levels]
+
+    def full_stage(self, steps: int = 20, batch_size: int = 64) -> float:
+        """The unit of cost: so many training steps over the whole model."""
+        return steps * batch_size * self.train_step(tuple(range(self.plan.n_levels)))
+
+
+def _train_only(model: nn.Module, split: LevelSplit, levels: Sequence[int]) -> list[Tensor]:
+    """Puts levels in train mode with gradients, all else in eval mode without; their weights."""
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = [parameters[name] for level in levels for name in split.parameters[level]]
+    for level in levels:
+        for name in split.modules[level]:
+            model.get_submodule(name).train()
+    return [w.requires_grad_(True) for w in weights if w.is_floating_point()]
+
+
+@contextlib.contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode without kernels that hide their FLOPs; afterwards the model is as it was."""
+    training = {module: module.training for module in model.modules()}
+    needs_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    # statistics of batch norm move in train mode
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    devices = [d for d in {p.device for p in needs_grad} if d.type == "cuda"]
+    with torch.random.fork_rng(devices=devices), _visible_kernels():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+            for parameter, flag in needs_grad.items():
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for buffer, value in buffers.items():
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _visible_kernels() -> Iterator[None]:
+    onednn = torch._C._get_mkldnn_enabled()
+    with no_fast_path(), torch.backends.cudnn.flags(enabled=False):
+        # the public context manager sets TF32 along with it, and warns of that
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFlops:
+    """FLOPs of one stage, by what they are for."""
+
+    fill: float = 0.0
+    train: float = 0.0
+    evaluate: float = 0.0
+    probe: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.fill + self.train + self.evaluate + self.probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageWork:
+    """Which runs a stage makes.
+
+    Attributes:
+        fill_from, fill_to: boundaries between which train examples are run without gradients.
+        n_filled: how many examples: the train split, or those drawn if they are fewer.
+        evaluate_from: boundary that the evaluation on val starts from.
+    """
+
+    fill_from: int
+    fill_to: int
+    n_filled: int
+    evaluate_from: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheLedger:
+    """Which boundaries hold values that are up to date, after the start evaluation and each stage.
+
+    Attributes:
+        usable: boundaries that can be cached at all, ascending; 0 is always among them.
+        train, val: those that are filled and valid; 0, the inputs, always is.
+    """
+
+    usable: tuple[int, ...]
+    train: frozenset[int] = frozenset({0})
+    val: frozenset[int] = frozenset({0})
+
+    @classmethod
+    def started(cls, usable: Sequence[bool]) -> "CacheLedger":
+        """After the evaluation of the pretrained state, which fills all boundaries on val."""
+        boundaries = tuple(b for b, can in enumerate(usable) if can)
+        return cls(usable=boundaries, val=frozenset(boundaries))
+
+    def fold(
+        self, levels: Sequence[int], *, n_train: int, n_drawn: int
+    ) -> tuple["CacheLedger", StageWork]:
+        """What a stage that trains some levels runs, and what is cached after it.
+
+        Args:
+            levels: the trained levels; not empty.
+            n_train: examples in the train split.
+            n_drawn: examples that the stage draws from it (steps x batch size).
+
+        Returns:
+            The ledger after the stage, and the stage's work.
+        """
+        lowest = min(levels)
+        start = max(b for b in self.usable if b <= lowest)
+        fill_from, train = 0, self.train
+        if n_train <= n_drawn:  # else the drawn examples alone are run, from the inputs on
+            fill_from = max(b for b in self.train if b <= start)
+            train = train | {b for b in self.usable if fill_from < b <= start}
+        # values at boundary b depend on the levels below b
+        train, val = (frozenset(b for b in kept if b <= lowest) for kept in (train, self.val))
+        work = StageWork(
+            fill_from=fill_from,
+            fill_to=start,
+            n_filled=min(n_train, n_drawn),
+            evaluate_from=max(val),
+        )
+        after = CacheLedger(usable=self.usable, train=train, val=frozenset(self.usable))
+        return after, work
+
+
+def start_flops(flops: FlopModel, n_val: int, *, n_probe: int = 0) -> StageFlops:
+    """Cost of the pretrained state's evaluation on val, and of its gradient probe.
+
+    Args:
+        flops: FLOPs per example.
+        n_val: examples evaluated.
+        n_probe: examples whose gradient, over all levels, is taken for the observation.
+    """
+    levels = tuple(range(flops.plan.n_levels))
+    return StageFlops(
+        evaluate=n_val * flops.forward(0, flops.plan.n_levels),
+        probe=n_probe * flops.train_step(levels) if n_probe else 0.0,
+    )
+
+
+def stage_flops(
+    flops: FlopModel,
+    history: Sequence[tuple[int, ...]],
+    *,
+    n_train: int,
+    n_val: int,
+    n_drawn: int | Sequence[int],
+) -> StageFlops:
+    """Cost of the last stage of a path, whoever carried out which part of it before.
+
+    Args:
+        flops: FLOPs per example.
+        history: the levels trained by each stage so far, the one to account last.
+        n_train: examples in the train split.
+        n_val: examples evaluated after each stage.
+        n_drawn: examples drawn by a stage (steps x batch size): of each, or the same for all.
+
+    Returns:
+        The stage's FLOPs.
+    """
+    drawn = [n_drawn] * len(history) if isinstance(n_drawn, int) else list(n_drawn)
+    ledger, work = CacheLedger.started(flops.plan.usable), None
+    for levels, n in zip(history, drawn, strict=True):
+        ledger, work = ledger.fold(levels, n_train=n_train, n_drawn=n)
+    assert work is not None, "history must hold the stage to account"
+    return StageFlops(
+        fill=work.n_filled * flops.forward(work.fill_from, work.fill_to),
+        train=drawn[-1] * flops.train_step(tuple(history[-1])),
+        evaluate=n_val * flops.forward(work.evaluate_from, flops.plan.n_levels),
+    )

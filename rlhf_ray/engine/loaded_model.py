@@ -1,0 +1,317 @@
+"""A suite's model on one device: its weights, the data, and the activations kept between stages.
+
+Knows how to bring the model to a state and how to run a split through it from the nearest kept
+boundary; not what a stage is.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.digests import derive_seed
+from rlhf_ray.engine.activations import ActivationCache
+from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
+from rlhf_ray.errors import InputError
+from rlhf_ray.levels import split_levels
+from rlhf_ray.outcomes import PRETRAINED, LevelState
+from rlhf_ray.tasks import Inputs, Suite, Task, call_model, map_inputs, n_examples
+
+Load = Callable[[str, int], LevelState]
+"""(version, level) -> that level's state as the stage `version` left it."""
+
+CHUNK = 512
+"""Examples per forward pass of an evaluation or a cache fill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How stages are carried out.
+
+    Attributes:
+        device: "cpu", "cuda", or "auto": CUDA where there is a device.
+        precision: "fp32", or "bf16": autocast, on CUDA only.
+        val_size: val examples that decisions use, >= 1.
+        cache_bytes: bound on cached activations, per worker, in bytes; 0 switches caching off.
+        probe_size: train examples of the gradient probe at the start, >= 1.
+        reference_steps: steps of the full stage, the unit of cost, >= 1.
+        reference_batch_size: its batch size, >= 1.
+        channels_last: memory format of 4-D weights and inputs.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    val_size: int = 256
+    cache_bytes: int = 1 << 28
+    probe_size: int = 64
+    reference_steps: int = 20
+    reference_batch_size: int = 64
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("val_size", "probe_size", "reference_steps", "reference_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
+        if self.cache_bytes < 0:
+            raise InputError(f"cache_bytes must be >= 0, got cache_bytes={self.cache_bytes}.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device must be there, got device='cuda'. Use 'auto' or 'cpu'.")
+        if self.precision == "bf16" and self.torch_device.type != "cuda":
+            raise InputError("precision 'bf16' needs a CUDA device, got device='cpu'. Use 'fp32'.")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that "auto" stands for here."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+
+def channels_last(value: Tensor) -> Tensor:
+    """A 4-D float tensor with channels-last strides; others as they are.
+
+    The strides are set outright: with one channel, `contiguous(memory_format=...)` changes nothing
+    and the first convolution would answer in NCHW.
+    """
+    if value.dim() != 4 or not value.is_floating_point():
+        return value
+    n, c, h, w = value.shape
+    strided = torch.empty_strided(
+        value.shape, (c * h * w, 1, w * c, c), dtype=value.dtype, device=value.device
+    )
+    return strided.copy_(value) if n else value
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SplitData:
+    """One split of one task on the device: boundary-0 values and targets."""
+
+    name: str
+    values: Values
+    targets: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.targets.shape[0]
+
+
+class LoadedModel:
+    """The live model of one engine. Not thread-safe.
+
+    Args:
+        suite: its model is copied, not touched.
+        settings: see `EngineSettings`.
+    """
+
+    def __init__(self, suite: Suite, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.device = settings.torch_device
+        self.split = split_levels(suite.model, suite.levels)
+        self.model = copy.deepcopy(suite.model).to(self.device).eval().requires_grad_(False)
+        example = map_inputs(lambda value: value[:4], suite.train_tasks[0].train[0])
+        self._channels_last = settings.channels_last and self._takes_channels_last(example)
+        self.state = dict(self.model.state_dict(keep_vars=True))
+        self._pretrained = {name: value.detach().clone() for name, value in self.state.items()}
+        self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
+        self._activations = ActivationCache(settings.cache_bytes)
+        self._splits: dict[tuple[str, str], SplitData] = {}
+        self.plan: SegmentPlan = plan_segments(self.model, self.split, self.place(example))
+        self._example_bytes = self._measure(self.place(example))
+
+    def _takes_channels_last(self, example: Inputs) -> bool:
+        """Turns the model to channels-last, and back if its code cannot do with such strides.
+
+        A `view` of a convolution's output is the common case.
+        """
+        if not any(value.dim() == 4 for value in self.model.parameters()):
+            return False
+        self.model.to(memory_format=torch.channels_last)
+        self._channels_last = True
+        try:
+            with torch.no_grad():
+                call_model(self.model, self.place(example))
+        except RuntimeError:
+            self.model.to(memory_format=torch.contiguous_format)
+            return False
+        return True
+
+    # -- weights and data ----------------------------------------------------------------------
+
+    def load(self, versions: tuple[str, ...], load: Load | None) -> None:
+        """Brings the model to a state; levels that are there already are not copied.
+
+        Args:
+            versions: of the state.
+            load: gives the levels' states; None will do for the pretrained state.
+        """
+        for level, version in enumerate(versions):
+            if self._loaded[level] == version:
+                continue
+            if version == PRETRAINED:
+                weights = self._pretrained
+            else:
+                assert load is not None
+                weights = load(version, level).weights
+            self._loaded[level] = None
+            with torch.no_grad():
+                for name in self.split.state[level]:
+                    self.state[name].copy_(weights[name])
+            self._loaded[level] = version
+
+    def mark(self, levels: tuple[int, ...], version: str | None) -> None:
+        """Says what the live weights of levels are now; None: of no state that could be asked."""
+        for level in levels:
+            self._loaded[level] = version
+
+    def place(self, inputs: Inputs) -> Inputs:
+        """Inputs on the device, in the memory format that convolutions like."""
+
+        def place(value: Tensor) -> Tensor:
+            value = value.to(self.device)
+            return channels_last(value) if self._channels_last else value
+
+        return map_inputs(place, inputs)
+
+    def data(self, task: Task, split: str) -> SplitData:
+        """One split of a task on the device; of val the examples that decisions use."""
+        found = self._splits.get((task.digest, split))
+        if found is None:
+            x, y = task.split(split)
+            if split == "val" and y.shape[0] > self.settings.val_size:
+                generator = torch.Generator().manual_seed(derive_seed("val", task.digest))
+                chosen = torch.randperm(y.shape[0], generator=generator)[: self.settings.val_size]
+                x, y = map_inputs(lambda value: value[chosen], x), y[chosen]
+            y = y.to(self.device)
+            y = y.long() if y.dtype == torch.uint8 else y
+            found = SplitData(name=split, values=self.plan.start(self.place(x)), targets=y)
+            self._splits[task.digest, split] = found
+        return found
+
+    def chunks(self, values: Values, n: int, boundary: int) -> Iterator[Values]:
+        """A split's values in pieces of at most `CHUNK` examples."""
+        if n <= CHUNK:
+            yield values
+            return
+        for first in range(0, n, CHUNK):
+            index = torch.arange(first, min(first + CHUNK, n), device=self.device)
+            yield self.plan.take(values, index, boundary)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The precision that forward passes run in."""
+        if self.settings.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _measure(self, example: Inputs) -> list[float]:
+        """Bytes of one example's values at every usable boundary; infinite at the others."""
+        n, found = n_examples(example), [0.0]
+        at, values = 0, self.plan.start(example)
+        for b in range(1, self.split.n_levels):
+            if self.plan.usable[b]:
+                with torch.no_grad(), self.autocast():
+                    values, at = self.plan.forward(values, at, b), b
+                found.append(SegmentPlan.n_bytes(values) / n)
+            else:
+                found.append(float("inf"))
+        return found
+
+    # -- activations ---------------------------------------------------------------------------
+
+    def outputs(
+        self,
+        task: Task,
+        data: SplitData,
+        versions: tuple[str, ...],
+        *,
+        fresh: bool = False,
+        keep: bool = True,
+    ) -> Tensor:
+        """Outputs (N, ...) of the loaded state on a split, from the nearest kept activations.
+
+        Args:
+            task: whose split it is.
+            data: the split.
+            versions: of the loaded state.
+            fresh: run the whole model, whatever is kept.
+            keep: keep the activations passed.
+        """
+        last = self.plan.nearest(self.split.n_levels - 1)
+        start = (0, data.values) if fresh or not keep else self._kept(task, data, versions, last)
+        parts = self._advance(task, data, versions, start, last, keep=keep)
+        with torch.no_grad(), self.autocast():
+            return torch.cat([self.plan.output(values, last) for values in parts])
+
+    def train_source(
+        self, task: Task, versions: tuple[str, ...], boundary: int, n_drawn: int
+    ) -> Callable[[Tensor], Values]:
+        """Index -> activations of those train examples at `boundary`.
+
+        Cached where the split is no larger than what the stage draws and its activations fit in
+        memory; otherwise the levels below run once per batch. Which of the two is settled by sizes
+        alone, never by what happens to be cached: the rounding of a stage must not depend on it.
+        """
+        data = self.data(task, "train")
+        if boundary == 0:
+            return lambda index: self.plan.take(data.values, index, 0)
+        if data.n <= n_drawn and self._fits(boundary, data.n):
+            start = self._kept(task, data, versions, boundary)
+            parts = list(self._advance(task, data, versions, start, boundary))
+            values = parts[0] if len(parts) == 1 else self.plan.join(parts, boundary)
+            return lambda index: self.plan.take(values, index, boundary)
+
+        def stream(index: Tensor) -> Values:
+            with torch.no_grad(), self.autocast():
+                return self.plan.forward(self.plan.take(data.values, index, 0), 0, boundary)
+
+        return stream
+
+    def _kept(
+        self, task: Task, data: SplitData, versions: tuple[str, ...], boundary: int
+    ) -> tuple[int, Values]:
+        """The highest boundary <= `boundary` whose activations are at hand, and they."""
+        for b in range(boundary, 0, -1):
+            kept = self._activations.get((task.digest, data.name, b, versions[:b]))
+            if kept is not None:
+                return b, kept
+        return 0, data.values
+
+    def _advance(
+        self,
+        task: Task,
+        data: SplitData,
+        versions: tuple[str, ...],
+        start: tuple[int, Values],
+        stop: int,
+        *,
+        keep: bool = True,
+    ) -> Iterator[Values]:
+        """Runs a split in eval mode from one boundary to another, chunk by chunk.
+
+        Boundary by boundary, so that every boundary's values are the same wherever the run began;
+        those passed are kept if they fit.
+
+        Yields:
+            The values at `stop` of each chunk.
+        """
+        first, values = start
+        passed = [b for b in range(first + 1, stop + 1) if self.plan.usable[b]]
+        parts: dict[int, list[Values]] = {b: [] for b in passed if keep and self._fits(b, data.n)}
+        for chunk in self.chunks(values, data.n, first):
+            at = first
+            for b in passed:
+                with torch.no_grad(), self.autocast():
+                    chunk, at = self.plan.forward(chunk, at, b), b
+                if b in parts:
+                    parts[b].append(chunk)
+            yield chunk
+        for b, chunks in parts.items():
+            joined = chunks[0] if len(chunks) == 1 else self.plan.join(chunks, b)
+            self._activations.put((task.digest, data.name, b, versions[:b]), joined)
+
+    def _fits(self, boundary: int, n: int) -> bool:
+        return n * self._example_bytes[boundary] <= self.settings.cache_bytes

@@ -1,0 +1,178 @@
+"""One stage from the inside: what an operation works with (`operations.StageSession`)."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.engine.loaded_model import Load, LoadedModel
+from rlhf_ray.engine.training import (
+    batch_order,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    train_steps,
+)
+from rlhf_ray.operations import Operation, Train
+from rlhf_ray.outcomes import PRETRAINED, LevelState, Outcome
+from rlhf_ray.tasks import Task
+
+
+class Session:
+    """What an operation works with, for the length of one stage (`operations.StageSession`)."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        task: Task,
+        levels: tuple[int, ...],
+        parent: Outcome,
+        load: Load,
+        seed: int,
+    ) -> None:
+        self.levels = levels
+        self.task = task
+        self.generator = torch.Generator().manual_seed(seed)
+        self.charged = 0.0
+        self._seed = seed
+        self._loaded = loaded
+        self._parent = parent
+        self._load = load
+        self._losses: list[Tensor] = []
+        self._kept: dict[str, Tensor] = {}
+        self._kept_name = ""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the session's levels by full name."""
+        names = [n for level in self.levels for n in self._loaded.split.parameters[level]]
+        found = dict(self._loaded.model.named_parameters(remove_duplicate=True))
+        return {name: found[name] for name in names if name in found}
+
+    def charge(self, flops: float) -> None:
+        """Adds work of the operation's own to the account."""
+        self.charged += flops
+
+    def train(self, settings: Train) -> None:
+        """Trains the session's levels on the task's train split."""
+        loaded = self._loaded
+        data = loaded.data(self.task, "train")
+        boundary = loaded.plan.nearest(min(self.levels))
+        take = loaded.train_source(
+            self.task, self._parent.versions, boundary, settings.examples_drawn(data.n)
+        )
+        parameters = self.parameters()
+
+        def forward(index: Tensor) -> Tensor:
+            with loaded.autocast():
+                return loaded.plan.output(take(index), boundary)
+
+        with _training(loaded.model, self._modules(), parameters):
+            optimizer = make_optimizer(
+                settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
+            )
+            if settings.keep_optimizer_state:
+                load_optimizer_state(optimizer, parameters, self._earlier(settings.optimizer))
+            losses = train_steps(
+                settings,
+                optimizer=optimizer,
+                batches=batch_order(data.n, settings.steps, settings.batch_size, self.generator),
+                forward=forward,
+                loss=self.task.loss,
+                targets=data.targets,
+            )
+        self._losses.append(losses)
+        if settings.keep_optimizer_state:
+            self._kept = optimizer_state(optimizer, parameters)
+            self._kept_name = settings.optimizer
+
+    def carry_out(self, operation: Operation) -> None:
+        """Runs an operation with the stage's own seed for everything drawn by modules (dropout)."""
+        devices = [self._loaded.device] if self._loaded.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._seed)
+            operation.run(self)
+
+    def healthy(self) -> bool:
+        """Whether losses and weights are finite."""
+        values = [*self._losses, *(p.detach() for p in self.parameters().values())]
+        return all(bool(torch.isfinite(value).all()) for value in values)
+
+    def train_loss(self) -> float:
+        """Mean over the second half of the steps; the parent's where nothing was trained."""
+        if not self._losses:
+            return self._parent.train_loss
+        losses = torch.cat(self._losses)
+        return float(losses[losses.shape[0] // 2 :].mean())
+
+    def states(self) -> dict[int, LevelState]:
+        """What the stage leaves of the levels it changed."""
+        loaded = self._loaded
+        return {
+            level: LevelState(
+                weights={
+                    name: loaded.state[name].detach().cpu().clone()
+                    for name in loaded.split.state[level]
+                },
+                optimizer={
+                    entry: value
+                    for entry, value in self._kept.items()
+                    if entry.split("/", 1)[1] in loaded.split.parameters[level]
+                },
+                optimizer_name=self._kept_name,
+            )
+            for level in self.levels
+        }
+
+    def _earlier(self, optimizer: str) -> dict[str, Tensor]:
+        """Optimizer state that the levels' last stages left, of the same optimizer."""
+        kept: dict[str, Tensor] = {}
+        for level in self.levels:
+            version = self._parent.versions[level]
+            if version != PRETRAINED:
+                state = self._load(version, level)
+                if state.optimizer_name == optimizer:
+                    kept.update(state.optimizer)
+        return kept
+
+    def _scales(self, settings: Train) -> dict[str, float] | None:
+        """Factor on the learning rate of each parameter, from those of the levels."""
+        if settings.level_scales is None:
+            return None
+        names = self._loaded.split.parameters
+        scales = zip(self.levels, settings.level_scales, strict=True)
+        return {name: scale for level, scale in scales for name in names[level]}
+
+    def _groups(
+        self, settings: Train, parameters: dict[str, nn.Parameter]
+    ) -> list[tuple[float, list[nn.Parameter]]]:
+        """(learning rate, parameters) of each level."""
+        scales = settings.level_scales or (1.0,) * self._loaded.split.n_levels
+        return [
+            (
+                settings.learning_rate * scales[level],
+                [parameters[n] for n in self._loaded.split.parameters[level] if n in parameters],
+            )
+            for level in self.levels
+        ]
+
+    def _modules(self) -> list[nn.Module]:
+        names = [name for level in self.levels for name in self._loaded.split.modules[level]]
+        return [self._loaded.model.get_submodule(name) for name in names]
+
+
+@contextlib.contextmanager
+def _training(
+    model: nn.Module, modules: list[nn.Module], parameters: dict[str, nn.Parameter]
+) -> Iterator[None]:
+    """Trained levels in train mode with gradients, everything else in eval mode without."""
+    for module in modules:
+        module.train()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.eval()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)

@@ -1,0 +1,259 @@
+"""The engine: carries out one stage at a time, deterministically, on one device.
+
+A stage trains some levels from a given model state and evaluates the result on val. Which stages
+are carried out, where their weights are kept and who waits for them is `stage_tree`'s business.
+"""
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_ray.digests import derive_seed
+from rlhf_ray.engine.costs import FlopModel, StageFlops, stage_flops, start_flops
+from rlhf_ray.engine.descriptors import Moments, activation_shift, gradient_norms, level_moments
+from rlhf_ray.engine.loaded_model import EngineSettings, Load, LoadedModel
+from rlhf_ray.engine.segments import SegmentPlan
+from rlhf_ray.engine.stage_session import Session
+from rlhf_ray.levels import model_digest, split_levels
+from rlhf_ray.outcomes import (
+    PRETRAINED,
+    Identity,
+    LevelState,
+    Outcome,
+    StageRequest,
+)
+from rlhf_ray.provenance import library_versions
+from rlhf_ray.tasks import Metric, Suite, Task, input_tensors, n_examples
+
+
+def suite_identity(suite: Suite, settings: EngineSettings) -> Identity:
+    """What all keys of a suite have in common."""
+    split = split_levels(suite.model, suite.levels)
+    return Identity(
+        model=model_digest(suite.model, split),
+        levels=split.names,
+        tasks={task.name: task.digest for task in suite.tasks()},
+        precision=settings.precision,
+        val_size=settings.val_size,
+    )
+
+
+class Engine:
+    """Carries out the stages of one suite. Not thread-safe: one engine per worker.
+
+    Args:
+        suite: its model is copied, not touched.
+        settings: see `EngineSettings`.
+        source_moments: activation moments on the source data, where the suite holds none of it.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        settings: EngineSettings | None = None,
+        *,
+        source_moments: Moments | None = None,
+    ) -> None:
+        self.settings = settings or EngineSettings()
+        self.identity = suite_identity(suite, self.settings)
+        self.n_levels = len(self.identity.levels)
+        self._suite = suite
+        self._loaded = LoadedModel(suite, self.settings)
+        self._flop_models: dict[tuple[object, ...], FlopModel] = {}
+        self._source = source_moments
+
+    @property
+    def plan(self) -> SegmentPlan:
+        """How the model is cut at its level boundaries, and what could not be cached."""
+        return self._loaded.plan
+
+    # -- what is asked of an engine ------------------------------------------------------------
+
+    def start(self, request: StageRequest) -> Outcome:
+        """The pretrained model on a task: figures on val, and the probes of the observation."""
+        began = time.perf_counter()
+        task = self._suite.task(request.task)
+        pretrained = (PRETRAINED,) * self.n_levels
+        self._loaded.load(pretrained, load=None)
+        val = self._loaded.data(task, "val")
+        with level_moments(self._loaded.model, self._loaded.split) as moments:
+            outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
+        metric, loss, entropy = _figures(task, outputs, val.targets)
+        gradient, probe_loss = self._gradient_probe(task)
+        return Outcome(
+            key=self.identity.key(request),
+            metric=metric,
+            loss=loss,
+            entropy=entropy,
+            train_loss=probe_loss,
+            flops=_flops(self._ledger(request)),
+            time_s=time.perf_counter() - began,
+            versions=pretrained,
+            descriptors={
+                "gradient_norm": gradient,
+                **activation_shift(moments(), self.source_moments()),
+            },
+            meta=self._meta(),
+        )
+
+    def run(
+        self, request: StageRequest, parent: Outcome, load: Load
+    ) -> tuple[Outcome, dict[int, LevelState]]:
+        """Carries out the last stage of a path.
+
+        Args:
+            request: kind "stage", with a path.
+            parent: outcome of the state the stage starts from.
+            load: gives the level states that `parent.versions` names.
+
+        Returns:
+            The outcome, and the states of the levels that the stage changed (CPU tensors; none if
+            it diverged).
+        """
+        began = time.perf_counter()
+        task = self._suite.task(request.task)
+        key = self.identity.key(request)
+        step = request.path[-1]
+        self._loaded.load(parent.versions, load)
+        session = Session(self._loaded, task, step.levels, parent, load, derive_seed("stage", key))
+        self._loaded.mark(step.levels, None)  # dirty until the stage has ended well
+        session.carry_out(step.operation)
+        versions = tuple(
+            key if level in step.levels else version
+            for level, version in enumerate(parent.versions)
+        )
+        val = self._loaded.data(task, "val")
+        figures = (math.nan,) * 3
+        if session.healthy():
+            self._loaded.mark(step.levels, key)
+            figures = _figures(task, self._loaded.outputs(task, val, versions), val.targets)
+        diverged = not all(map(math.isfinite, figures))
+        if diverged:
+            figures, versions = (parent.metric, parent.loss, parent.entropy), parent.versions
+        outcome = Outcome(
+            key=key,
+            metric=figures[0],
+            loss=figures[1],
+            entropy=figures[2],
+            train_loss=parent.train_loss if diverged else session.train_loss(),
+            diverged=diverged,
+            flops=_flops(self._ledger(request), session.charged),
+            time_s=time.perf_counter() - began,
+            versions=versions,
+            meta=self._meta(),
+        )
+        return outcome, {} if diverged else session.states()
+
+    def test(self, request: StageRequest, state: Outcome, load: Load) -> Outcome:
+        """The test figures of a state: a report, not charged."""
+        began = time.perf_counter()
+        task = self._suite.task(request.task)
+        self._loaded.load(state.versions, load)
+        test = self._loaded.data(task, "test")
+        outputs = self._loaded.outputs(task, test, state.versions, keep=False)
+        metric, loss, entropy = _figures(task, outputs, test.targets)
+        return Outcome(
+            key=self.identity.key(request),
+            kind="test",
+            metric=metric,
+            loss=loss,
+            entropy=entropy,
+            time_s=time.perf_counter() - began,
+            meta=self._meta(),
+        )
+
+    def state_dict(self, state: Outcome, load: Load) -> dict[str, Tensor]:
+        """A state's weights as the suite's model names them, on the CPU."""
+        self._loaded.load(state.versions, load)
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in self._loaded.state.items()
+        }
+
+    def reference_flops(self) -> float:
+        """FLOPs of a full stage, the unit of cost."""
+        flops = self._flop_model(self._suite.train_tasks[0])
+        return flops.full_stage(self.settings.reference_steps, self.settings.reference_batch_size)
+
+    # -- accounts and probes -------------------------------------------------------------------
+
+    def _flop_model(self, task: Task) -> FlopModel:
+        tensors = input_tensors(task.train[0])
+        shape = tuple((name, tuple(value.shape[1:])) for name, value in tensors.items())
+        if shape not in self._flop_models:
+            self._flop_models[shape] = FlopModel(
+                self.plan, self._loaded.model, self._loaded.split, task
+            )
+        return self._flop_models[shape]
+
+    def _ledger(self, request: StageRequest) -> StageFlops:
+        task = self._suite.task(request.task)
+        n_train = n_examples(task.train[0])
+        n_val = min(n_examples(task.val[0]), self.settings.val_size)
+        flops = self._flop_model(task)
+        if not request.path:
+            return start_flops(flops, n_val, n_probe=min(self.settings.probe_size, n_train))
+        return stage_flops(
+            flops,
+            [step.levels for step in request.path],
+            n_train=n_train,
+            n_val=n_val,
+            n_drawn=[step.operation.examples_drawn(n_train) for step in request.path],
+        )
+
+    def _gradient_probe(self, task: Task) -> tuple[tuple[float, ...], float]:
+        train = self._loaded.data(task, "train")
+        generator = torch.Generator().manual_seed(derive_seed("probe", task.digest))
+        chosen = torch.randperm(train.n, generator=generator)[: self.settings.probe_size]
+        index = chosen.to(self._loaded.device)
+        with self._loaded.autocast():
+            return gradient_norms(
+                self._loaded.model,
+                self._loaded.split,
+                lambda: task.loss(
+                    self.plan.output(self.plan.take(train.values, index, 0), 0),
+                    train.targets[index],
+                ),
+            )
+
+    def source_moments(self) -> Moments | None:
+        """Activation moments of the pretrained model on the source data; None without any."""
+        if self._suite.source is not None and self._source is None:
+            self._loaded.load((PRETRAINED,) * self.n_levels, load=None)
+            values = self.plan.start(self._loaded.place(self._suite.source))
+            with level_moments(self._loaded.model, self._loaded.split) as moments, torch.no_grad():
+                self.plan.output(values, 0)
+            self._source = moments()
+        return self._source
+
+    def _meta(self) -> dict[str, str]:
+        device = str(self._loaded.device)
+        if self._loaded.device.type == "cuda":
+            device = torch.cuda.get_device_name(self._loaded.device)
+        return {"device": device, "torch": library_versions()["torch"]}
+
+
+def _figures(task: Task, outputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    """Metric, loss and relative predictive entropy of a whole split."""
+    assert isinstance(task.metric, Metric)
+    outputs = outputs.float() if outputs.is_floating_point() else outputs
+    metric = float(task.metric.function(outputs, targets))
+    loss = float(task.loss(outputs, targets))
+    entropy = 0.0
+    if outputs.dim() >= 2 and outputs.shape[1] > 1 and not targets.is_floating_point():
+        log_p = F.log_softmax(outputs, dim=1)
+        mean = float(-(log_p.exp() * log_p).sum(1).mean())
+        entropy = mean / math.log(outputs.shape[1])
+    return metric, loss, entropy
+
+
+def _flops(stage: StageFlops, charged: float = 0.0) -> dict[str, float]:
+    return {
+        "train": stage.train + charged,
+        "fill": stage.fill,
+        "evaluate": stage.evaluate,
+        "probe": stage.probe,
+    }

@@ -1,0 +1,1 @@
+"""Playing greedily, judging, comparing with schedules that learn nothing."""

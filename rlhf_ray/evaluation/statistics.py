@@ -1,0 +1,97 @@
+"""Methods beside each other: means, spreads and ranks over runs. No Ray, plain arithmetic."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.evaluation.judging import Run, known, mean
+
+RunsByMethod = Mapping[str, Sequence[Run]]
+"""Method -> its runs; all methods have the same tasks and replica seeds."""
+
+DIGITS = 12
+"""Utilities that agree to so many decimals are tied: sums of floats differ by their order."""
+
+
+def summarise(runs: RunsByMethod) -> dict[str, dict[str, float]]:
+    """A row of figures per method.
+
+    Args:
+        runs: method -> its runs, with test figures.
+
+    Returns:
+        Method -> `metric_mean`; `metric_sd`: over replica seeds of the mean over tasks (0 with one
+        seed); `cost_mean` (full stages), `switches_mean`, `utility_mean`, `rank_mean` (1: the
+        highest utility among the methods shown).
+    """
+    ranked = ranks(runs)
+    return {
+        method: {
+            "metric_mean": mean([known(run.test_metric) for run in mine]),
+            "metric_sd": _spread(mine),
+            "cost_mean": mean([run.cost for run in mine]),
+            "switches_mean": mean([run.switches for run in mine]),
+            "utility_mean": mean([known(run.utility) for run in mine]),
+            "rank_mean": mean(list(ranked[method].values())),
+        }
+        for method, mine in runs.items()
+    }
+
+
+def rows(runs: RunsByMethod) -> list[dict[str, Any]]:
+    """A flat record per method, task and replica seed, in the order given."""
+    ranked = ranks(runs)
+    return [
+        {
+            "method": method,
+            "task": run.task,
+            "seed": run.replica,
+            "metric": known(run.test_metric),
+            "val_metric": run.val_metric,
+            "start_metric": run.start_metric,
+            "cost": run.cost,
+            "switches": run.switches,
+            "stages": run.stages,
+            "utility": known(run.utility),
+            "rank": ranked[method][run.task, run.replica],
+            "time_s": run.time_s,
+            "diverged": run.diverged,
+        }
+        for method, mine in runs.items()
+        for run in mine
+    ]
+
+
+def ranks(runs: RunsByMethod) -> dict[str, dict[tuple[str, int], float]]:
+    """Ranks by test utility within each (task, replica seed), 1 the best; ties share their mean.
+
+    Raises:
+        InputError: the methods do not have the same tasks and replica seeds, once each.
+    """
+    utilities = {
+        method: {(run.task, run.replica): round(known(run.utility), DIGITS) for run in mine}
+        for method, mine in runs.items()
+    }
+    places = {frozenset(mine) for mine in utilities.values()}
+    if len(places) > 1 or any(len(utilities[method]) != len(runs[method]) for method in runs):
+        sizes = {method: len(mine) for method, mine in runs.items()}
+        raise InputError(f"all methods must have the same tasks and seeds, got runs={sizes}.")
+
+    def rank(method: str, place: tuple[str, int]) -> float:
+        mine = utilities[method][place]
+        others = [utilities[other][place] for other in utilities]
+        above, equal = sum(u > mine for u in others), sum(u == mine for u in others)
+        return above + (equal + 1) / 2
+
+    return {
+        method: {place: rank(method, place) for place in mine} for method, mine in utilities.items()
+    }
+
+
+def _spread(runs: Sequence[Run]) -> float:
+    """Standard deviation over replica seeds of the mean over tasks."""
+    seeds = sorted({run.replica for run in runs})
+    means = [mean([known(run.test_metric) for run in runs if run.replica == s]) for s in seeds]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else 0.0

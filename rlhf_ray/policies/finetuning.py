@@ -1,0 +1,152 @@
+"""`rr.finetune`: a policy fine-tunes one task, at once and without Ray."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from rlhf_ray.engine.loaded_model import EngineSettings
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.errors import InputError
+from rlhf_ray.evaluation.judging import Run, known, report, run_of
+from rlhf_ray.evaluation.rollouts import roll_out
+from rlhf_ray.operations import Operation, operation_as_json, operations_from_json
+from rlhf_ray.outcomes import StageRequest
+from rlhf_ray.policies.observations import Observer
+from rlhf_ray.policies.policy import Policy
+from rlhf_ray.process import ProcessSettings, ProcessSpec, State, Step
+from rlhf_ray.tasks import Metric, Suite, Task
+from rlhf_ray.tree.stage_tree import LocalStages
+
+METHOD = "policy"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FineTuned:
+    """What `finetune` returns.
+
+    Attributes:
+        model: a tuned copy of the model, in eval mode, on the CPU.
+        start_metric: val metric of the model as it was.
+        val_metric: val metric of the returned model: the best on the path, the start included.
+        test_metric: its test metric; never entered a decision.
+        start_test_metric: test metric of the model as it was.
+        cost: tuning cost in full stages: training, evaluations, probes, cache fills.
+        switches: levels of distance handed over.
+        trace: one record per step: level, operation, next level, val metric, cost, ...
+        run: the same as one record, as reports hold it.
+    """
+
+    model: nn.Module
+    start_metric: float
+    val_metric: float
+    test_metric: float
+    start_test_metric: float
+    cost: float
+    switches: int
+    trace: tuple[Mapping[str, Any], ...]
+    run: Run
+
+
+def process_spec(
+    levels: Sequence[str],
+    operations: Sequence[Operation],
+    engine: Engine,
+    metric: Metric,
+    observer: Observer,
+    settings: ProcessSettings,
+) -> ProcessSpec:
+    """The decision process of a suite's engine."""
+    return ProcessSpec(
+        levels=tuple(levels),
+        operations=tuple(operations),
+        reference_flops=engine.reference_flops(),
+        higher_is_better=metric.higher_is_better,
+        probed=observer.probed,
+        settings=settings,
+    )
+
+
+def finetune(
+    model: nn.Module,
+    levels: Mapping[str, Sequence[str]],
+    task: Task,
+    policy: Policy,
+    *,
+    replica: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    operations: Sequence[Operation] | None = None,
+    on_step: Callable[[State, Step], None] | None = None,
+) -> FineTuned:
+    """Fine-tunes one task as a learned policy decides. Needs no Ray.
+
+    Args:
+        model: the pretrained model; left as it is.
+        levels: level name -> module names, as the policy was learned with.
+        task: what to adapt to; decisions use its val split, at most `val_size` examples of it.
+        policy: from a search, or `Policy.load(path)`.
+        replica: seed of the batches drawn, >= 0. Same replica, same result.
+        device: "auto", "cpu" or "cuda".
+        operations: those the policy was learned with; needed for operations of your own only.
+        on_step: called after each step with the state it led to and its record.
+
+    Returns:
+        The tuned model with its figures and what was done.
+
+    Raises:
+        InputError: the policy was made for other levels, operations or features, or the model
+            cannot take the task's data.
+    """
+    if isinstance(replica, bool) or not isinstance(replica, int) or replica < 0:
+        raise InputError(f"replica must be a whole number >= 0, got replica={replica!r}.")
+    suite = Suite(
+        name="finetune", model=model, levels=levels, train_tasks=[task], val_tasks=[], test_tasks=[]
+    )
+    assert isinstance(task.metric, Metric)
+    chosen = tuple(operations or operations_from_json(policy.operations))
+    process = policy.metadata["process"]
+    observer = Observer(
+        groups=tuple(process["groups"]),
+        tasks=tuple(process["tasks"]),
+        labels={task.name: task.known_as},
+    )
+    engine = Engine(suite, _engine_settings(process, device), source_moments=policy.source_moments)
+    settings = ProcessSettings(
+        **{name: process[name] for name in ("horizon", "performance", "cost", "budget")}
+    )
+    spec = process_spec(tuple(levels), chosen, engine, task.metric, observer, settings)
+    policy.check(spec.levels, [operation_as_json(o) for o in chosen], observer.names(spec))
+    stages = LocalStages(engine)
+    state, steps = roll_out(spec, observer, policy.act, stages, task.name, replica, on_step=on_step)
+    start = replace(state, best_path=())
+    run = run_of(spec, METHOD, state, steps, test_metric=report(stages, state))
+    best = StageRequest(task=task.name, replica=replica, path=state.best_path)
+    return FineTuned(
+        model=_tuned(model, stages.state_dict(best)),
+        start_metric=run.start_metric,
+        val_metric=run.val_metric,
+        test_metric=known(run.test_metric),
+        start_test_metric=report(stages, start),
+        cost=run.cost,
+        switches=run.switches,
+        trace=run.steps,
+        run=run,
+    )
+
+
+def _engine_settings(
+    process: Mapping[str, Any], device: Literal["auto", "cpu", "cuda"]
+) -> EngineSettings:
+    """The engine a policy was learned with; without CUDA in full precision, whatever that was."""
+    engine = EngineSettings(device=device, val_size=process["val_size"])
+    if process["precision"] == "bf16" and engine.torch_device.type == "cuda":
+        return replace(engine, precision="bf16")
+    return engine
+
+
+def _tuned(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    tuned = copy.deepcopy(model).cpu()
+    tuned.load_state_dict(dict(weights))
+    return tuned.eval()

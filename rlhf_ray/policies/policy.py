@@ -1,0 +1,297 @@
+"""A learned policy: act greedily, save, load, check. No Ray here.
+
+On disk a policy is a directory with `policy.json` (what the policy is for, how it was made, and a
+SHA-256 of itself and of the weights) and `policy.safetensors` (the weights). No pickle. Its `kind`
+is "network" (Q-values, or an actor's logits) or "tabular" (`q_table`: Q-values of states, with
+what a state is answered that was never met).
+
+Dimensions: L level, F feature, A action, M ensemble member.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from rlhf_ray.digests import digest
+from rlhf_ray.engine.descriptors import Moments
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.policies.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
+from rlhf_ray.policies.q_table import from_weights
+
+SCHEMA_VERSION = 1
+"""Of the files; a reader refuses every other."""
+
+JSON_NAME = "policy.json"
+WEIGHTS_NAME = "policy.safetensors"
+
+KINDS = ("network", "tabular")
+
+MOMENTS = "source_moments/"
+"""Begins the names of the activation moments among the tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What decides, at a level's turn, which operation to carry out and which level acts next.
+
+    Attributes:
+        levels: the L level names, in order.
+        features: the F names of the observation's features, in order.
+        operations: name and settings (JSON-able) of each operation, in order. Action
+            `operation * L + next_level`.
+        network: shape of the levels' networks; None: there are tables instead.
+        weights: the networks' state dict, or the tables' tensors.
+        metadata: JSON-able: package versions, the configuration that made the policy, ...
+        source_moments: per level, mean and variance (F,) of the pretrained model's activations on
+            the source data, which the observation's activation shift is against; None without.
+    """
+
+    levels: tuple[str, ...]
+    features: tuple[str, ...]
+    operations: tuple[Mapping[str, Any], ...]
+    network: NetworkSettings | None
+    weights: Mapping[str, Tensor]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    source_moments: Moments | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.levels), len(self.features), len(self.operations) * len(self.levels))
+        if self.network is None:
+            names = ("n_levels", "n_features", "n_actions")
+            views = from_weights(self.weights, **dict(zip(names, sizes, strict=True)))
+        else:
+            views = _network_views(self.network, self.weights, sizes)
+        object.__setattr__(self, "_views", views)
+
+    @property
+    def kind(self) -> str:
+        """What the weights are: "network" or "tabular"."""
+        return "tabular" if self.network is None else "network"
+
+    @property
+    def operation_names(self) -> tuple[str, ...]:
+        """The operations' names, in order."""
+        return tuple(str(operation["name"]) for operation in self.operations)
+
+    def values(self, level: int, features: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Values at a level's turn: (A,) float32, minus infinity where the mask is 0.
+
+        Q-values; of an actor-critic policy the actor's logits. A table answers a state it never
+        learned from with the mean over those it did.
+
+        Args:
+            level: whose turn it is, 0 to L - 1.
+            features: (F,).
+            mask: (A,), non-zero where an action is valid.
+        """
+        view: Any = self._views[level]  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.no_grad():
+            values_A = view.values(torch.from_numpy(np.float32(features)).unsqueeze(0))[0]
+        return masked(values_A, torch.from_numpy(np.asarray(mask) != 0)).numpy()
+
+    def act(self, level: int, features: np.ndarray, mask: np.ndarray) -> int:
+        """The valid action of highest value; arguments as for `values`."""
+        return int(self.values(level, features, mask).argmax())
+
+    def check(
+        self,
+        levels: Sequence[str],
+        operations: Sequence[Mapping[str, Any]],
+        features: Sequence[str],
+    ) -> None:
+        """Raises InputError unless the policy was made for just these.
+
+        Args:
+            levels: the level names, in order.
+            operations: name and settings of each operation, in order.
+            features: the observation's feature names, in order.
+        """
+        _check_equal("levels", list(self.levels), list(levels))
+        names = [str(operation["name"]) for operation in operations]
+        _check_equal("operations", list(self.operation_names), names)
+        for own, given in zip(self.operations, operations, strict=True):
+            if digest(dict(own)) != digest(dict(given)):
+                raise InputError(
+                    "the policy must have been made for the same operations, got other settings of "
+                    f"{own['name']!r}: {_difference(own, given)}."
+                )
+        _check_equal("features", list(self.features), list(features))
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the policy.
+
+        Args:
+            directory: made if it is not there; a policy in it is replaced.
+
+        Returns:
+            The path of the `policy.json`.
+        """
+        tensors = {**self.weights, **_moments_by_name(self.source_moments)}
+        weights = save_tensors(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        )
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "levels": list(self.levels),
+            "n_levels": len(self.levels),
+            "features": list(self.features),
+            "operations": [dict(operation) for operation in self.operations],
+            "network": None if self.network is None else self.network.to_json(),
+            "metadata": dict(self.metadata),
+            "weights": {WEIGHTS_NAME: hashlib.sha256(weights).hexdigest()},
+        }
+        # the digest in the file is of what is read back: JSON has lists for tuples
+        content = json.loads(json.dumps(content, allow_nan=False))
+        text = json.dumps({**content, "sha256": digest(content)}, indent=1) + "\n"
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / WEIGHTS_NAME, weights)
+        _write(folder / JSON_NAME, text.encode())
+        return folder / JSON_NAME
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Policy":
+        """Reads a policy.
+
+        Args:
+            path: the directory, or the `policy.json` in it.
+
+        Returns:
+            The policy.
+
+        Raises:
+            InputError: missing, cut or altered files, or another schema version.
+        """
+        file = Path(path)
+        file = file / JSON_NAME if file.is_dir() else file
+        content = _read_json(file)
+        (name, expected), *_ = content["weights"].items()
+        data = _read(file.parent / name)
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise _damaged(file.parent / name, "its checksum differs")
+        try:
+            weights = load_tensors(data)
+        except SafetensorError as error:
+            raise _damaged(file.parent / name, _first_line(error)) from error
+        return cls(
+            levels=tuple(content["levels"]),
+            features=tuple(content["features"]),
+            operations=tuple(content["operations"]),
+            network=(
+                None
+                if content["kind"] == "tabular"
+                else NetworkSettings.from_json(content["network"])
+            ),
+            weights={n: v for n, v in weights.items() if not n.startswith(MOMENTS)},
+            metadata=content["metadata"],
+            source_moments=_moments_of(weights, len(content["levels"])),
+        )
+
+
+def _network_views(
+    shape: NetworkSettings, weights: Mapping[str, Tensor], sizes: tuple[int, int, int]
+) -> tuple[LevelQNetwork, ...]:
+    got = (shape.n_levels, shape.n_features, shape.n_actions)
+    if got != sizes:
+        raise InputError(
+            "the network must have a head per level, an input per feature and an output per "
+            f"action, got (levels, features, actions)={got}, not {sizes}."
+        )
+    networks = LevelQNetworks(shape)
+    try:
+        networks.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise InputError(f"weights must fit the network, got {_first_line(error)}.") from error
+    networks.requires_grad_(False)
+    return tuple(networks.level(i) for i in range(shape.n_levels))
+
+
+def _moments_by_name(moments: Moments | None) -> dict[str, Tensor]:
+    return {
+        f"{MOMENTS}{level}/{name}": value
+        for level, pair in enumerate(moments or [])
+        for name, value in zip(("mean", "variance"), pair, strict=True)
+    }
+
+
+def _moments_of(tensors: Mapping[str, Tensor], n_levels: int) -> Moments | None:
+    if not any(name.startswith(MOMENTS) for name in tensors):
+        return None
+    return [
+        (tensors[f"{MOMENTS}{level}/mean"], tensors[f"{MOMENTS}{level}/variance"])
+        for level in range(n_levels)
+    ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(file))
+    except ValueError as error:
+        raise _damaged(file, _first_line(error)) from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version is None:
+        raise _damaged(file, "it has no schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"a policy's schema_version must be {SCHEMA_VERSION}, got schema_version={version!r} "
+            f"in {str(file)!r}. Use the rlhf_ray version that wrote it."
+        )
+    if content.pop("sha256", None) != digest(content):
+        raise _damaged(file, "its checksum differs")
+    if content["kind"] not in KINDS:
+        raise unknown_name("kind of policy", content["kind"], KINDS)
+    return content
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"a policy must be a directory with {JSON_NAME} and {WEIGHTS_NAME}, or the {JSON_NAME} "
+            f"in it, got {str(file)!r} ({error.strerror})."
+        ) from error
+
+
+def _write(file: Path, data: bytes) -> None:
+    # a reader sees the old file or the new one, never a part
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    part.replace(file)
+
+
+def _damaged(file: Path, how: str) -> InputError:
+    return InputError(f"a policy's files must be whole, got {str(file)!r}: {how}. Save it again.")
+
+
+def _check_equal(what: str, own: list[str], given: list[str]) -> None:
+    if own != given:
+        raise InputError(
+            f"the policy must have been made for the same {what}, got {what}={given} for a policy "
+            f"made for {own}. Use a policy made for them, or learn one."
+        )
+
+
+def _difference(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    names = sorted(set(own) | set(given))
+    return ", ".join(
+        f"{name}={given.get(name)!r} instead of {own.get(name)!r}"
+        for name in names
+        if own.get(name) != given.get(name)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

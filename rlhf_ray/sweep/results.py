@@ -1,0 +1,235 @@
+"""What a search leaves behind, read back without Ray.
+
+Under the storage path, per sweep: `sweep.json` (what was asked for, and its state), a folder per
+trial with `trial.json` and the policy, `baselines.json`, `summary.json`, and the best policy.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from rlhf_ray.config import SWEPT
+from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.evaluation.judging import front
+from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
+from rlhf_ray.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from rlhf_ray.report.explain import Explanation
+
+SWEEP_FILE = "sweep.json"
+SUMMARY_FILE = "summary.json"
+BASELINES_FILE = "baselines.json"
+BEST_POLICY = "best_policy"
+
+TABLE_COLUMNS = (
+    "trial", "status", *SWEPT, "metric", "cost", "switches", "utility", "on_front",
+)  # fmt: skip
+
+
+def trial_folder(sweep: str, trial: str) -> str:
+    """Where a trial's files lie on the storage."""
+    return f"{sweep}/trials/{trial}"
+
+
+def write_policy(storage: Storage, folder: str, policy: Policy) -> None:
+    """Saves a policy on any storage."""
+    with tempfile.TemporaryDirectory() as scratch:
+        policy.save(scratch)
+        for name in (WEIGHTS_NAME, JSON_NAME):
+            storage.write_bytes(f"{folder}/{name}", (Path(scratch) / name).read_bytes())
+
+
+def read_policy(storage: Storage, folder: str) -> Policy:
+    """Reads a policy from any storage.
+
+    Raises:
+        InputError: there is none, or its files are cut or altered.
+    """
+    local = storage.local_path(folder)
+    if local is not None:
+        return Policy.load(local)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (WEIGHTS_NAME, JSON_NAME):
+            data = storage.read_bytes(f"{folder}/{name}")
+            if data is not None:
+                (Path(scratch) / name).write_bytes(data)
+        return Policy.load(scratch)
+
+
+class SearchResult:
+    """A search's trials, policies, comparison and account.
+
+    Args:
+        storage: holds the sweep.
+        name: the sweep's folder on it.
+
+    Raises:
+        InputError: there is no sweep of that name, or it has not ended.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self.name = name
+        sweep = storage.read_json(f"{name}/{SWEEP_FILE}")
+        if not isinstance(sweep, dict):
+            raise InputError(f"a sweep must be there, got {name!r} under {storage.shown!r}.")
+        self.sweep: dict[str, Any] = sweep
+        summary = storage.read_json(f"{name}/{SUMMARY_FILE}")
+        self.summary: dict[str, Any] = summary if isinstance(summary, dict) else {}
+        self.trials: list[dict[str, Any]] = [
+            _trial(storage, name, planned) for planned in sweep["trials"]
+        ]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SearchResult":
+        """Reads a sweep's folder: `<storage path>/<name>`, a local path or a URI."""
+        if "://" not in str(path):
+            folder = Path(path).expanduser().resolve()
+            return cls(open_storage(folder.parent), folder.name)
+        uri, mark, options = str(path).partition("?")
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        return cls(open_storage(parent + mark + options), name)
+
+    @property
+    def directory(self) -> str:
+        """The sweep's folder."""
+        return f"{self._storage.shown.rstrip('/')}/{self.name}"
+
+    @property
+    def storage_path(self) -> str:
+        """The storage path the sweep lies under."""
+        return self._storage.shown
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sweep has run to its end."""
+        return self.sweep["state"] == "finished"
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Trials that failed, with their errors."""
+        return [trial for trial in self.trials if trial["status"] == "failed"]
+
+    @property
+    def best_trial(self) -> str:
+        """Name of the trial of highest utility on the val tasks."""
+        done = [trial for trial in self.trials if trial["status"] == "done"]
+        if not done:
+            raise InputError(f"a trial must have ended well, got none in {self.directory!r}.")
+        return max(done, key=lambda trial: trial["judged"]["utility"])["name"]
+
+    @property
+    def best_policy(self) -> Policy:
+        """The policy of `best_trial`."""
+        return self.policy(self.best_trial)
+
+    def policy(self, trial: str) -> Policy:
+        """The policy that a trial learned.
+
+        Raises:
+            InputError: no such trial, or it has no policy.
+        """
+        names = [known["name"] for known in self.trials]
+        if trial not in names:
+            raise unknown_name("trial", trial, names)
+        return read_policy(self._storage, f"{trial_folder(self.name, trial)}/policy")
+
+    def table(self) -> pd.DataFrame:
+        """A row per trial: its settings and its figures on the val tasks (columns as below).
+
+        Columns: trial, status, the swept settings, metric, cost (full stages), switches, utility,
+        on_front.
+        """
+        rows = [_row(trial) for trial in self.trials]
+        on_front = front([(row["metric"], row["cost"]) for row in rows], self._higher_is_better)
+        for row, on in zip(rows, on_front, strict=True):
+            row["on_front"] = on
+        return pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
+
+    def front(self) -> pd.DataFrame:
+        """The trials that no other beats in both metric and cost, cheapest first."""
+        table = self.table()
+        return table.loc[table["on_front"]].sort_values(by="cost").reset_index(drop=True)
+
+    def methods(self) -> pd.DataFrame:
+        """A row per method on the test tasks: policy and baselines, best utility first."""
+        frame = pd.DataFrame.from_dict(self.summary.get("methods", {}), orient="index")
+        frame.index.name = "method"
+        return frame.sort_values("utility_mean", ascending=False) if len(frame) else frame
+
+    def plot_front(self) -> "go.Figure":
+        """Metric against cost of all trials on the val tasks, their front, and the baselines."""
+        from rlhf_ray.report.figures import front_figure
+        from rlhf_ray.report.gathering import Gatherer
+
+        return front_figure(self, Gatherer(self._storage, self.name).gather()["val_marks"])
+
+    def explain(self, trial: str | None = None) -> "Explanation":
+        """What a policy learned: in words, as paths per task, and what its choices hang on.
+
+        Args:
+            trial: whose policy; None: the best.
+
+        Raises:
+            InputError: no such trial, or it has not been judged.
+        """
+        from rlhf_ray.report.gathering import Gatherer
+
+        trial = trial or self.best_trial
+        names = [known["name"] for known in self.trials]
+        if trial not in names:
+            raise unknown_name("trial", trial, names)
+        found = Gatherer(self._storage, self.name).explanation(trial)
+        if found is None:
+            raise InputError(f"a trial must have been judged to be explained, got trial={trial!r}.")
+        return found
+
+    def _repr_html_(self) -> str:
+        from rlhf_ray.report.figures import result_html
+
+        return result_html(self)
+
+    @property
+    def _higher_is_better(self) -> bool:
+        return self.sweep["metric"]["higher_is_better"]
+
+
+def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
+    """The sweeps under a storage path: name, suite, state, trials, best utility, path."""
+    storage = open_storage(storage_path)
+    found = []
+    for name in storage.folders():
+        if not storage.exists(f"{name}/{SWEEP_FILE}"):
+            continue
+        result = SearchResult(storage, name)
+        done = [trial for trial in result.trials if trial["status"] == "done"]
+        found.append(
+            {
+                "name": name,
+                "suite": result.sweep["suite"],
+                "state": result.sweep["state"],
+                "trials_done": len(done),
+                "trials": len(result.trials),
+                "utility": max((t["judged"]["utility"] for t in done), default=None),
+                "path": result.directory,
+            }
+        )
+    return found
+
+
+def _trial(storage: Storage, sweep: str, planned: Mapping[str, Any]) -> dict[str, Any]:
+    record = storage.read_json(f"{trial_folder(sweep, planned['name'])}/trial.json")
+    waiting = {"name": planned["name"], "values": planned["values"], "status": "waiting"}
+    return record if isinstance(record, dict) else waiting
+
+
+def _row(trial: Mapping[str, Any]) -> dict[str, Any]:
+    judged = trial.get("judged") or {}
+    figures = {name: judged.get(name) for name in ("metric", "cost", "switches", "utility")}
+    return {"trial": trial["name"], "status": trial["status"], **trial["values"], **figures}

@@ -1,0 +1,319 @@
+"""`rr.search`: the sweep. Checks what is asked, lets Tune run the trials, compares, and sums up."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.config import SearchConfig, check_observation, with_defaults
+from rlhf_ray.digests import digest
+from rlhf_ray.engine.stages import Engine, suite_identity
+from rlhf_ray.env import EpisodePlan
+from rlhf_ray.errors import InputError
+from rlhf_ray.evaluation.baselines import baselines_for
+from rlhf_ray.evaluation.exhaustive import prefill
+from rlhf_ray.operations import Operation, operation_as_json
+from rlhf_ray.outcomes import StageRequest, StageStep
+from rlhf_ray.policies.finetuning import process_spec
+from rlhf_ray.progress import NO_PROGRESS, Progress
+from rlhf_ray.provenance import git_revision, library_versions
+from rlhf_ray.ray_session import n_cores, running_ray, stage_workers
+from rlhf_ray.report.gathering import PROGRESS_FILE
+from rlhf_ray.report.live import LivePage
+from rlhf_ray.report.page import PAGE_FILE
+from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.sweep.driver_lock import driver_lock
+from rlhf_ray.sweep.plan import PlannedTrial, plan_trials
+from rlhf_ray.sweep.results import BASELINES_FILE, SUMMARY_FILE, SWEEP_FILE, SearchResult
+from rlhf_ray.sweep.summing_up import sum_up
+from rlhf_ray.sweep.trial import TrialContext
+from rlhf_ray.sweep.tuning import run_trials
+from rlhf_ray.tasks import SPLITS, Metric, Suite
+from rlhf_ray.tree.stage_tree import LocalStages
+from rlhf_ray.tree.tally import TalliedStages, Tally
+
+
+def search(
+    suite: Suite,
+    config: SearchConfig | None = None,
+    *,
+    operations: Sequence[Operation] | None = None,
+    fresh: bool = False,
+    max_minutes: float | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> SearchResult:
+    """Learns fine-tuning policies on a suite: a sweep of trials over one tree of stages.
+
+    Uses the running Ray, or starts a local one and ends it again. Called again with the same suite
+    and configuration it resumes an unfinished sweep and returns a finished one.
+
+    Args:
+        suite: with train, val and test tasks.
+        config: see `SearchConfig`; the suite's own defaults fill what it leaves at the default.
+        operations: instead of those that the configuration makes.
+        fresh: forget an earlier sweep of the same name (the tree of stages is kept).
+        max_minutes: stop after so long, > 0; the same call resumes.
+        progress: told what happens.
+
+    Returns:
+        The result, also when some trials failed (`result.failures`).
+
+    Raises:
+        InputError: the suite, the configuration or the storage path will not do.
+    """
+    if max_minutes is not None and not max_minutes > 0:
+        raise InputError(f"max_minutes must be > 0, got max_minutes={max_minutes}.")
+    config = with_defaults(config or SearchConfig(), suite.defaults)
+    ground = prepare(suite, config, operations)
+    storage = open_storage(config.storage_path, check=True)
+    with driver_lock(storage, ground.name):
+        if fresh:
+            _forget(storage, ground.name)
+        _record_sweep(storage, ground)
+        result = SearchResult(storage, ground.name)
+        shown = baselines_for(config.baselines, tuple(suite.levels))
+        if result.finished and set(shown) <= set(result.summary["methods"]):
+            return result
+        _run(storage, ground, max_minutes=max_minutes, progress=progress)
+        LivePage(storage, ground.name, progress).write()
+    return SearchResult(storage, ground.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """All that is settled about a sweep before Ray starts.
+
+    Attributes:
+        suite: checked.
+        config: with the suite's own defaults.
+        name: of the sweep's folder.
+        identity: digest of suite, configuration and operations.
+        trials: planned.
+        operations: of the process.
+        metric: of the suite's tasks; they agree on its direction.
+    """
+
+    suite: Suite
+    config: SearchConfig
+    name: str
+    identity: str
+    trials: list[PlannedTrial]
+    operations: tuple[Operation, ...]
+    metric: Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """What a search would do.
+
+    Attributes:
+        directory: the sweep's folder.
+        state: "new", or of the sweep that is there: "running", "interrupted", "failed", "finished".
+        trials: the swept settings of each.
+        n_stages_estimate: stages asked for at most, and how many distinct ones that may be.
+        seconds_estimate: of the distinct stages on this machine's cores; None: not measured.
+    """
+
+    directory: str
+    state: str
+    trials: list[dict[str, float]]
+    n_stages_estimate: tuple[int, int]
+    seconds_estimate: float | None
+
+
+def plan(suite: Suite, config: SearchConfig | None = None, *, timed: bool = False) -> SearchPlan:
+    """What `search` would do with the same arguments; starts and writes nothing.
+
+    Args:
+        suite: as for `search`.
+        config: as for `search`.
+        timed: carry out a full stage in this process, for an estimate of the time.
+
+    Raises:
+        InputError: as `search` does.
+    """
+    config = with_defaults(config or SearchConfig(), suite.defaults)
+    ground = prepare(suite, config)
+    storage = open_storage(config.storage_path)
+    record = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
+    per_trial = config.episodes * config.horizon
+    # All trials share the episodes before epsilon has fallen; beyond, they go ways of their own
+    # (measured on `digits`: experiments/sweep_sharing.py).
+    distinct = math.ceil(per_trial * (0.4 + 0.1 * len(ground.trials)))
+    return SearchPlan(
+        directory=f"{storage.shown.rstrip('/')}/{ground.name}",
+        state=record["state"] if isinstance(record, dict) else "new",
+        trials=[trial.values for trial in ground.trials],
+        n_stages_estimate=(per_trial * len(ground.trials), distinct),
+        seconds_estimate=distinct * _seconds_per_stage(ground) if timed else None,
+    )
+
+
+def _seconds_per_stage(ground: Ground) -> float:
+    """Of every operation once on the first task, divided among the workers."""
+    engine = Engine(ground.suite, ground.config.engine_settings())
+    stages, task = LocalStages(engine), ground.suite.train_tasks[0].name
+    seconds = []
+    for operation in ground.operations:
+        for level in range(engine.n_levels):
+            levels = operation.levels(level, engine.n_levels)
+            if levels:
+                path = (StageStep(operation=operation, levels=levels),)
+                answer = stages.outcome(StageRequest(task=task, path=path))
+                seconds.append(answer.outcome.time_s)
+    n_workers = ground.config.num_workers
+    return sum(seconds) / len(seconds) / (n_cores() if n_workers == "auto" else n_workers)
+
+
+def prepare(
+    suite: Suite, config: SearchConfig, operations: Sequence[Operation] | None = None
+) -> Ground:
+    """Checks a suite against a configuration, and plans the trials.
+
+    Raises:
+        InputError: they do not fit together.
+    """
+    for role in ("val", "test"):
+        if not getattr(suite, f"{role}_tasks"):
+            raise InputError(f"a search must have {role} tasks, got none in {suite.name!r}.")
+    metrics = [task.metric for task in suite.tasks() if isinstance(task.metric, Metric)]
+    if len({metric.higher_is_better for metric in metrics}) > 1:
+        names = sorted({metric.name for metric in metrics})
+        raise InputError(f"all tasks' metrics must have one direction, got {', '.join(names)}.")
+    baselines_for(config.baselines, tuple(suite.levels))
+    check_observation(config)
+    chosen = tuple(operations or config.operations())
+    identity = _identity(suite, config, chosen)
+    return Ground(
+        suite=suite,
+        config=config,
+        name=config.name or f"{suite.name}-{identity[:8]}",
+        identity=identity,
+        trials=plan_trials(config),
+        operations=chosen,
+        metric=metrics[0],
+    )
+
+
+def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation]) -> str:
+    identity = suite_identity(suite, config.engine_settings())
+    roles = [
+        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
+    ]
+    return digest(
+        config.digest(),
+        identity.model,
+        dict(identity.tasks),
+        roles,
+        [operation_as_json(operation) for operation in operations],
+    )
+
+
+def _forget(storage: Storage, name: str) -> None:
+    """Deletes all of a sweep but the lock, which this process holds."""
+    for file in (SWEEP_FILE, SUMMARY_FILE, BASELINES_FILE, PROGRESS_FILE, PAGE_FILE):
+        storage.delete(f"{name}/{file}")
+    for folder in storage.folders(name):
+        storage.delete_prefix(f"{name}/{folder}")
+
+
+def _record_sweep(storage: Storage, ground: Ground) -> None:
+    """Writes the sweep's record, or holds an earlier one of the name against this call."""
+    earlier = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
+    if isinstance(earlier, dict):
+        if earlier["identity"] != ground.identity:
+            raise InputError(
+                "a sweep's folder must belong to one suite and configuration, got "
+                f"name={ground.name!r}, which holds another. Give another --name, or --fresh."
+            )
+        return
+    record = {
+        "name": ground.name,
+        "identity": ground.identity,
+        "state": "running",
+        "suite": ground.suite.name,
+        "levels": list(ground.suite.levels),
+        "metric": {
+            "name": ground.metric.name,
+            "higher_is_better": ground.metric.higher_is_better,
+        },
+        "tasks": {
+            role: [task.name for task in getattr(ground.suite, f"{role}_tasks")] for role in SPLITS
+        },
+        "operations": [operation_as_json(operation) for operation in ground.operations],
+        "trials": [{"name": trial.name, "values": trial.values} for trial in ground.trials],
+        "config": ground.config.as_json(),
+        "versions": library_versions(),
+        "git_revision": git_revision(),
+        "created": time.time(),
+    }
+    storage.write_json(f"{ground.name}/{SWEEP_FILE}", record)
+
+
+def _set_state(storage: Storage, name: str, state: str) -> None:
+    record = SearchResult(storage, name).sweep
+    storage.write_json(f"{name}/{SWEEP_FILE}", {**record, "state": state})
+
+
+def _run(
+    storage: Storage, ground: Ground, *, max_minutes: float | None, progress: Progress
+) -> None:
+    began = time.monotonic()
+    suite, config = ground.suite, ground.config
+    _set_state(storage, ground.name, "running")
+    progress.phase("starting Ray and the workers")
+    engine = Engine(suite, config.engine_settings())
+    observer = config.observer(suite)
+    spec = process_spec(
+        tuple(suite.levels),
+        ground.operations,
+        engine,
+        ground.metric,
+        observer,
+        config.process_settings(),
+    )
+    if engine.plan.reason:
+        progress.message(f"not everything can be cached: {engine.plan.reason}")
+    with running_ray(config), stage_workers(suite, config) as handle:
+        context = TrialContext(
+            sweep=ground.name,
+            storage=storage,
+            suite=suite.name,
+            config=config,
+            spec=spec,
+            observer=observer,
+            plan=EpisodePlan(
+                tasks=tuple(task.name for task in suite.train_tasks),
+                replicas=config.replicas,
+                n_levels=spec.n_levels,
+                random_start=config.start == "random",
+                seed=config.seed,
+            ),
+            val_tasks=tuple(task.name for task in suite.val_tasks),
+            metric=ground.metric.name,
+            stages=handle.stages,
+            source_moments=engine.source_moments(),
+        )
+        tally = Tally()
+        stages = TalliedStages(handle.stages, tally, namespace="driver")
+        if config.prefill:
+            prefill(
+                spec,
+                stages,
+                tasks=[task.name for task in suite.tasks()],
+                reported=[task.name for task in (*suite.val_tasks, *suite.test_tasks)],
+                replicas=config.replicas,
+                depth=config.prefill,
+                progress=progress,
+            )
+        run_trials(context, ground.trials, handle, max_minutes=max_minutes, progress=progress)
+        LivePage(storage, ground.name, progress).write()
+        result = SearchResult(storage, ground.name)
+        if any(trial["status"] == "waiting" for trial in result.trials):
+            _set_state(storage, ground.name, "interrupted")
+            return
+        if len(result.failures) < len(result.trials):
+            summary = sum_up(context, suite, result, stages, progress=progress)
+            summary["wall_s"] = time.monotonic() - began
+            storage.write_json(f"{ground.name}/{SUMMARY_FILE}", summary)
+        _set_state(storage, ground.name, "failed" if result.failures else "finished")

@@ -1,0 +1,248 @@
+"""One trial of a sweep: trains the levels' policies with one configuration, and judges them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import tune
+
+from rlhf_ray.algorithms import (
+    AlgorithmSettings,
+    build_algorithm,
+    episodes_of,
+    level_weights,
+    network_settings,
+)
+from rlhf_ray.config import SWEPT, SearchConfig
+from rlhf_ray.engine.descriptors import Moments
+from rlhf_ray.env import EpisodePlan, FineTuningEnv
+from rlhf_ray.evaluation.judging import Run, Utility, judge, summary_of
+from rlhf_ray.operations import operation_as_json
+from rlhf_ray.policies.attribution import Decision, drivers, recorded
+from rlhf_ray.policies.observations import Observer
+from rlhf_ray.policies.policy import Policy
+from rlhf_ray.process import ProcessSpec, RewardWeights
+from rlhf_ray.provenance import library_versions
+from rlhf_ray.storage import Storage
+from rlhf_ray.sweep.results import trial_folder, write_policy
+from rlhf_ray.tree.tally import TalliedStages, Tally
+from rlhf_ray.tree.workers import RayStages
+
+WARM_UP = 0.25
+"""Part of the episodes that are random altogether: the same ones, and so free, in all trials."""
+
+
+N_MEMBERS = 5
+"""Networks in a policy's ensemble: on `digits` 0.6 points of utility over a single one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialContext:
+    """What all trials of a sweep share.
+
+    Attributes:
+        sweep: the sweep's folder on the storage.
+        storage: where trials write.
+        suite: the suite's name.
+        config: of the search.
+        spec: the decision process; the trial sets the reward weights.
+        observer: what policies see.
+        plan: which episode plays which task.
+        val_tasks: names of the tasks that trials are judged on.
+        metric: name of their metric.
+        stages: client of the workers.
+        source_moments: of the suite's source data, saved with each policy.
+    """
+
+    sweep: str
+    storage: Storage
+    suite: str
+    config: SearchConfig
+    spec: ProcessSpec
+    observer: Observer
+    plan: EpisodePlan
+    val_tasks: tuple[str, ...]
+    metric: str
+    stages: RayStages
+    source_moments: Moments | None
+
+    @property
+    def utility(self) -> Utility:
+        """What the whole sweep is judged by."""
+        return Utility(tuning_cost=self.config.utility_cost, switch_cost=self.config.utility_switch)
+
+
+class HandoverTrial(tune.Trainable):
+    """Tune's view of a trial. Its configuration holds a value for each of `SWEPT`, and "trial".
+
+    A trial that is cut off starts again; the stages it had asked for are in the tree.
+    """
+
+    def setup(self, config: dict[str, Any], context: TrialContext | None = None) -> None:
+        """Builds the algorithm."""
+        assert context is not None
+        self._context = context
+        self._build(config)
+
+    def _build(self, config: dict[str, Any]) -> None:
+        context = self._context
+        self._name = str(config["trial"])
+        self._values = {name: float(config[name]) for name in SWEPT}
+        self._began = time.monotonic()
+        self._tally = Tally()
+        self._curve: list[dict[str, float]] = []
+        weights = RewardWeights(
+            tuning_cost=self._values["tuning_cost_weight"],
+            switch_cost=self._values["switch_cost_weight"],
+        )
+        settings = replace(context.spec.settings, weights=weights)
+        self._spec = replace(context.spec, settings=settings)
+        stages = TalliedStages(context.stages, self._tally, namespace=self._name)
+        self._settings = algorithm_settings(context.config, self._values)
+        self._algorithm = build_algorithm(
+            context.config.algorithm,
+            env_creator=FineTuningEnv,
+            env_config={
+                "spec": self._spec,
+                "observer": context.observer,
+                "plan": context.plan,
+                "stages": stages,
+            },
+            levels=self._spec.levels,
+            n_features=len(context.observer.names(self._spec)),
+            n_actions=self._spec.n_actions,
+            settings=self._settings,
+        )
+        self._stages = stages
+
+    def step(self) -> dict[str, Any]:
+        """Plays and learns from some episodes; after the last, judges the policy and saves it."""
+        result = self._algorithm.train()
+        self._curve += episodes_of(result)
+        recent = self._curve[-32:]
+        figures: dict[str, Any] = {
+            "episodes": len(self._curve),
+            "train/return": sum(episode["return"] for episode in recent) / len(recent),
+            "train/epsilon": recent[-1]["epsilon"],
+            "stages/logical": self._tally.logical,
+            "stages/distinct": self._tally.distinct,
+            "stages/executed": self._tally.executed,
+            "done": len(self._curve) >= self._settings.n_episodes,
+        }
+        if figures["done"]:
+            shown = {"metric": self._context.metric}
+            judged = self._finish().items()
+            figures |= {f"judge/{shown.get(name, name)}": value for name, value in judged}
+        return figures
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Starts the next trial in this process: importing torch and Ray takes seconds."""
+        self.cleanup()
+        self._build(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Ends the algorithm's threads and actors."""
+        self._algorithm.stop()
+
+    def _finish(self) -> Mapping[str, float]:
+        context = self._context
+        policy = self._policy()
+        decisions: list[Decision] = []
+        runs = judge(
+            self._spec,
+            context.observer,
+            recorded(policy.act, decisions),
+            self._stages,
+            tasks=context.val_tasks,
+            replicas=range(context.config.judge_replicas),
+            utility=context.utility,
+        )
+        judged = summary_of(runs)
+        folder = trial_folder(context.sweep, self._name)
+        write_policy(context.storage, f"{folder}/policy", policy)
+        record = self._record(judged, runs) | {"drivers": drivers(policy, decisions)}
+        context.storage.write_json(f"{folder}/trial.json", record)
+        return judged
+
+    def _record(self, judged: Mapping[str, float], runs: list[Run]) -> dict[str, Any]:
+        return {
+            "name": self._name,
+            "values": self._values,
+            "status": "done",
+            "error": None,
+            "judged": dict(judged),
+            "runs": [run.as_json() for run in runs],
+            "curve": self._curve,
+            "stages": self._tally.as_json(),
+            "wall_s": time.monotonic() - self._began,
+        }
+
+    def _policy(self) -> Policy:
+        context, spec = self._context, self._spec
+        features = context.observer.names(spec)
+        operations = [operation_as_json(operation) for operation in spec.operations]
+        return Policy(
+            levels=spec.levels,
+            features=features,
+            operations=tuple(operations),
+            network=network_settings(
+                context.config.algorithm,
+                n_levels=spec.n_levels,
+                n_features=len(features),
+                n_actions=spec.n_actions,
+                settings=self._settings,
+            ),
+            weights=level_weights(self._algorithm),
+            source_moments=context.source_moments,
+            metadata={
+                "suite": context.suite,
+                "sweep": context.sweep,
+                "trial": self._name,
+                "values": self._values,
+                "process": process_record(context),
+                "config": context.config.as_json(),
+                "versions": library_versions(),
+            },
+        )
+
+
+def process_record(context: TrialContext) -> dict[str, Any]:
+    """What `finetune` needs of the process a policy was learned in."""
+    settings, engine = context.spec.settings, context.config.engine_settings()
+    return {
+        "horizon": settings.horizon,
+        "performance": settings.performance,
+        "cost": settings.cost,
+        "budget": settings.budget,
+        "groups": list(context.observer.groups),
+        "tasks": list(context.observer.tasks),
+        "precision": engine.precision,
+        "val_size": engine.val_size,
+    }
+
+
+def algorithm_settings(config: SearchConfig, values: Mapping[str, float]) -> AlgorithmSettings:
+    """What a trial's algorithm is told."""
+    in_flight = min(config.stages_in_flight, config.episodes)
+    return AlgorithmSettings(
+        gamma=values["gamma"],
+        epsilon=values["epsilon"],
+        alpha=config.alpha,
+        n_episodes=config.episodes,
+        warm_up=WARM_UP,
+        explore_first=True,
+        n_members=N_MEMBERS,
+        seed=config.seed,
+        # ppo learns from what it played once, and so plays more at a time by itself
+        episodes_per_iteration=None if config.algorithm == "ppo" else in_flight,
+        num_env_runners=config.env_runners,
+        num_envs_per_runner=in_flight,
+        overrides=config.rllib,
+    )
+
+
+def failed_record(name: str, values: Mapping[str, float], error: str) -> dict[str, Any]:
+    """The record of a trial that could not be carried to its end."""
+    return {"name": name, "values": dict(values), "status": "failed", "error": error}

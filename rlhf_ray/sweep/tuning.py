@@ -1,0 +1,206 @@
+"""Tune runs the trials of a sweep; whatever Tune would print stays inside."""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
+from ray.tune.search import BasicVariantGenerator
+
+from rlhf_ray.cluster_metrics import ClusterMetrics
+from rlhf_ray.config import SWEPT
+from rlhf_ray.progress import Progress
+from rlhf_ray.ray_session import TRIAL_CPUS, concurrent_trials
+from rlhf_ray.report.live import LivePage
+from rlhf_ray.sweep.plan import PlannedTrial
+from rlhf_ray.sweep.results import trial_folder
+from rlhf_ray.sweep.trial import HandoverTrial, TrialContext, failed_record
+from rlhf_ray.tensorboard import TensorBoardLog
+from rlhf_ray.tree.workers import StagesHandle
+
+TUNE_FOLDER = "tune"
+"""Tune's own files of a sweep, TensorBoard's events among them."""
+
+POLL_S = 0.5
+
+
+def run_trials(
+    context: TrialContext,
+    trials: Sequence[PlannedTrial],
+    handle: StagesHandle,
+    *,
+    max_minutes: float | None,
+    progress: Progress,
+) -> None:
+    """Runs the trials that have not ended well before, and records those that fail.
+
+    Args:
+        context: what the trials share.
+        trials: all that the sweep has.
+        handle: of the workers, for progress.
+        max_minutes: no trial goes on after so long; None: no bound.
+        progress: told about episodes and stages.
+    """
+    waiting = [trial for trial in trials if not _done(context, trial.name)]
+    if not waiting:
+        return
+    episodes = context.config.episodes
+    progress.phase("sweep", total=episodes * len(trials))
+    before, total = (len(trials) - len(waiting)) * episodes, episodes * len(trials)
+    page = LivePage(context.storage, context.sweep, progress, before=before, total=total)
+    watcher = _Watcher(progress, handle, page, ClusterMetrics(context.sweep), done=before)
+    points = [{"trial": trial.name, **trial.values} for trial in waiting]
+    # as a filesystem: the URI may hold keys that records and messages must not show
+    filesystem, folder = context.storage.opened(context.sweep)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(HandoverTrial, context=context), _resources(context)
+        ),
+        param_space={key: tune.choice([point[key] for point in points]) for key in points[0]},
+        tune_config=tune.TuneConfig(
+            num_samples=len(points),
+            search_alg=BasicVariantGenerator(
+                points_to_evaluate=points, max_concurrent=concurrent_trials(context.config)
+            ),
+            reuse_actors=True,
+            time_budget_s=None if max_minutes is None else max_minutes * 60,
+            trial_dirname_creator=lambda trial: trial.config["trial"],
+            trial_name_creator=lambda trial: trial.config["trial"],
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_filesystem=None if context.storage.is_local else filesystem,
+            storage_path=folder,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+            # a trial that is cut off starts again on the warm tree: nothing of it to save
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[watcher, TensorBoardLog(), JsonLoggerCallback(), CSVLoggerCallback()],
+        ),
+    )
+    with watcher.watching(), _quiet():
+        results = tuner.fit()
+    for result in results:
+        if result.error is not None and result.config is not None:
+            _record_failure(context, result.config, result.error)
+
+
+def _resources(context: TrialContext) -> Any:
+    bundles = [{"CPU": TRIAL_CPUS}] * (1 + context.config.env_runners)
+    return tune.PlacementGroupFactory(bundles)
+
+
+def _done(context: TrialContext, trial: str) -> bool:
+    record = context.storage.read_json(f"{trial_folder(context.sweep, trial)}/trial.json")
+    return isinstance(record, dict) and record["status"] == "done"
+
+
+def _record_failure(context: TrialContext, config: dict[str, Any], error: Exception) -> None:
+    if _done(context, config["trial"]):
+        return  # it broke while it was taken down
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    values = {name: config[name] for name in SWEPT}
+    record = failed_record(config["trial"], values, lines[-1].strip())
+    name = f"{trial_folder(context.sweep, config['trial'])}/trial.json"
+    context.storage.write_json(name, record)
+
+
+class _Watcher(tune.Callback):
+    """Adds up what trials report, asks the tree how its stages stand, and shows both."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        handle: StagesHandle,
+        page: LivePage,
+        metrics: ClusterMetrics,
+        *,
+        done: int,
+    ) -> None:
+        self._progress = progress
+        self._handle = handle
+        self._page = page
+        self._metrics = metrics
+        self._before = done
+        self._curves: dict[str, list[list[float]]] = {}
+        self._restarts: dict[str, int] = {}
+        self._episodes: dict[str, int] = {}
+        self._logical: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks with the experiment; this one is never read back
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._episodes[trial.trial_id] = result["episodes"]
+        self._logical[trial.trial_id] = result["stages/logical"]
+        curve = self._curves.setdefault(trial.config["trial"], [])
+        curve.append([result["episodes"], result["train/return"]])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = trial.config["trial"]
+        self._restarts[name] = self._restarts.get(name, 0) + 1
+        self._curves.pop(name, None)  # it starts again
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Shows progress while the body runs."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(ended,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _watch(self, ended: threading.Event) -> None:
+        while not ended.wait(POLL_S):
+            try:
+                stats = self._handle.stats()
+            except Exception:  # the tree's actor restarts: show what trials said meanwhile
+                stats = {}
+            logical = sum(list(self._logical.values()))
+            done = self._before + sum(list(self._episodes.values()))
+            self._metrics.show(stats)
+            self._page.tick(
+                stats,
+                {name: {"curve": list(curve)} for name, curve in list(self._curves.items())},
+                done=done,
+                restarts=dict(self._restarts),
+            )
+            self._progress.update(
+                done=done,
+                logical=logical,
+                executed=stats.get("executed", 0),
+                in_flight=stats.get("in_flight", 0),
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Tune's and RLlib's remarks from the user; Ctrl-C reaches the caller as it is."""
+    settings = {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # `TensorBoardLog` stands in for Tune's
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # failures are in the trials' records
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,368 @@
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.algorithms import (
+    AlgorithmSettings,
+    build_algorithm,
+    episodes_of,
+    level_weights,
+    network_settings,
+)
+from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action
+from rlhf_ray.algorithms.handover import ReplayBuffer, Transitions, flatten, td_loss, td_targets
+from rlhf_ray.errors import InputError, RlhfRayError
+from rlhf_ray.policies.networks import LevelQNetworks
+from rlhf_ray.testing import known_optimum_env, random_problem
+
+torch.set_num_threads(1)
+PROBLEM = random_problem(1, 3, gamma=0.9)
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    if mine:
+        ray.shutdown()
+
+
+def settings(**changes):
+    defaults = {"gamma": 0.9, "epsilon": 0.1, "n_episodes": 24, "seed": 7, "hidden": (16,)}
+    return AlgorithmSettings(**{**defaults, **changes})
+
+
+def make(env_creator=None, name="dqn", **changes):
+    return build_algorithm(
+        name,
+        env_creator=env_creator or (lambda config: known_optimum_env(config["problem"], 7)),
+        env_config={"problem": PROBLEM},
+        levels=PROBLEM.levels,
+        n_features=PROBLEM.n_features,
+        n_actions=PROBLEM.n_actions,
+        settings=settings(**changes),
+    )
+
+
+def train(n_iterations=3, **changes):
+    algorithm = make(**changes)
+    records = [record for _ in range(n_iterations) for record in episodes_of(algorithm.train())]
+    weights = level_weights(algorithm)
+    algorithm.stop()
+    return records, weights
+
+
+# --- the backup, by hand -----------------------------------------------------------------------
+
+
+def observation(value):
+    return {
+        "features": np.float32([value, 1.0]),
+        "action_mask": np.int8([1, value < 2]),
+    }
+
+
+@pytest.fixture
+def episode():
+    """Turns of a, b, a, a; rewards 1, 2, 3, 4; the third turn's second action is masked."""
+    from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
+
+    episode = MultiAgentEpisode(agent_to_module_mapping_fn=lambda agent_id, *a, **k: agent_id)
+    order = ["a", "b", "a", "a"]
+    episode.add_env_reset(observations={"a": observation(0)})
+    for t, name in enumerate(order):
+        ended = t == 3
+        following = {} if ended else {order[t + 1]: observation(t + 1)}
+        episode.add_env_step(
+            following, {name: t % 2}, {name: t + 1.0}, terminateds={"__all__": ended}
+        )
+    return episode
+
+
+def test_flatten_follows_the_order_of_the_environment(episode):
+    flat = flatten(episode, ["a", "b"])
+    assert flat.level.tolist() == [0, 1, 0, 0]
+    assert flat.action.tolist() == [0, 1, 0, 1]
+    assert flat.reward.tolist() == [1, 2, 3, 4]
+    assert flat.features[:, 0].tolist() == [0, 1, 2, 3]
+    assert flat.next_level.tolist()[:3] == [1, 0, 0]
+    assert flat.next_features[:, 0].tolist() == [1, 2, 3, 0]
+    assert flat.next_mask.tolist() == [[True, True], [True, False], [True, False], [False, False]]
+    assert flat.terminated.tolist() == [0, 0, 0, 1]
+
+
+def test_own_backup_is_what_rllib_keeps_per_agent(episode):
+    flat = flatten(episode, ["a", "b"], backup="own")
+    assert flat.next_level.tolist()[0] == 0
+    assert flat.next_features[:, 0].tolist() == [2, 0, 3, 0]
+    assert flat.terminated.tolist() == [0, 1, 0, 1]
+    for level, name in enumerate(["a", "b"]):
+        own = episode.agent_episodes[name]
+        mine = flat.take(flat.level == level)
+        assert mine.reward.tolist() == list(own.get_rewards())
+        seen = [float(o["features"][0]) for o in own.get_observations()]
+        assert mine.features[:, 0].tolist() == seen[:-1]
+        assert mine.next_features[:-1, 0].tolist() == seen[1:-1]
+
+
+def test_flatten_refuses_an_episode_that_did_not_end():
+    unfinished = SimpleNamespace(is_terminated=False)
+    with pytest.raises(RlhfRayError, match="must end by terminateds"):
+        flatten(unfinished, ["a"])
+
+
+class Fixed(torch.nn.Module):
+    """Networks with given values: level 0 and level 1 have two actions each."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor(values))
+
+    def forward(self, features, level):
+        return self.table[level].unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    ("double_q", "expected"),
+    # online prefers action 0 of level 1 (5 > 4), target values it 10; alone it would take 20.
+    # The second transition hands to level 0, where action 0 alone is valid: target 1.
+    [(True, [1 + 0.5 * 10, 2 + 0.5 * 1, 3]), (False, [1 + 0.5 * 20, 2 + 0.5 * 1, 3])],
+)
+def test_target_is_the_next_levels_value(double_q, expected):
+    batch = Transitions(
+        features=torch.zeros(3, 1),
+        level=torch.tensor([0, 1, 0]),
+        action=torch.tensor([0, 1, 1]),
+        reward=torch.tensor([1.0, 2.0, 3.0]),
+        next_features=torch.zeros(3, 1),
+        next_mask=torch.tensor([[True, True], [True, False], [False, False]]),
+        next_level=torch.tensor([1, 0, 0]),
+        terminated=torch.tensor([0.0, 0.0, 1.0]),
+    )
+    online, target = Fixed([[2.0, 3.0], [5.0, 4.0]]), Fixed([[1.0, 30.0], [10.0, 20.0]])
+    goal = td_targets(batch, online, target, gamma=0.5, double_q=double_q)
+    assert goal.tolist() == [expected]
+    loss = td_loss(batch, online, target, gamma=0.5, double_q=double_q, huber=False)
+    taken = np.array([2.0, 4.0, 3.0])
+    assert loss.loss.item() == pytest.approx(np.mean((taken - expected) ** 2))
+    assert loss.td_error.item() == pytest.approx(np.mean(np.abs(taken - expected)))
+    loss.loss.backward()
+    assert target.table.grad is None
+
+
+def test_buffer_draws_by_its_seed_and_from_everything(episode):
+    def drawn(seed):
+        buffer = ReplayBuffer(seed)
+        buffer.add(flatten(episode, ["a", "b"]))
+        buffer.add(flatten(episode, ["a", "b"], backup="own"))
+        assert len(buffer) == 8
+        return torch.stack([batch.reward for batch in buffer.sample(5, 8)])
+
+    assert drawn(1).shape == (5, 8)
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    assert set(drawn(1).flatten().tolist()) == {1, 2, 3, 4}
+
+
+# --- exploration -------------------------------------------------------------------------------
+
+
+def test_larger_epsilon_only_adds_random_actions_and_keeps_them():
+    mask = np.int8([1, 0, 1, 1])
+    for episode in range(50):
+        few, many = (exploring_action(3, episode, 2, mask, epsilon) for epsilon in (0.2, 0.7))
+        assert few is None or few == many
+        assert many is None or mask[many]
+    every = [exploring_action(3, episode, 2, mask, 1.0) for episode in range(50)]
+    assert set(every) == {0, 2, 3}
+
+
+def test_epsilon_falls_over_the_fraction_asked_for():
+    shape = {"final": 0.1, "n_episodes": 100}
+    assert epsilon_at(0, decay_fraction=0.5, **shape) == 1.0
+    assert epsilon_at(25, decay_fraction=0.5, **shape) == pytest.approx(0.55)
+    assert epsilon_at(50, decay_fraction=0.5, **shape) == pytest.approx(0.1)
+    assert epsilon_at(0, decay_fraction=0.0, **shape) == pytest.approx(0.1)
+
+
+# --- the algorithm -----------------------------------------------------------------------------
+
+
+def sleepy(config):
+    """The environment, with steps that take a random time; counts the threads inside."""
+    env = known_optimum_env(config["problem"], 7)
+    plain_step = env.step
+
+    def step(action):
+        with LOCK:
+            INSIDE.append(INSIDE[-1] + 1)
+        time.sleep(random.uniform(0.0, 0.01))
+        with LOCK:
+            INSIDE.append(INSIDE[-1] - 1)
+        return plain_step(action)
+
+    env.step = step
+    return env
+
+
+LOCK, INSIDE = threading.Lock(), [0]
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    for name, value in one[1].items():
+        assert torch.equal(value, other[1][name]), name
+
+
+def test_two_runs_give_the_same_weights_and_the_seed_matters(local_ray):
+    one, same, other = train(), train(), train(seed=8)
+    assert_same(one, same)
+    assert one[0] != other[0]
+
+
+def test_results_do_not_depend_on_timing_or_on_how_many_play_at_once(local_ray):
+    plain = train(num_envs_per_runner=1)
+    INSIDE[:] = [0]
+    slow = train(num_envs_per_runner=4, env_creator=sleepy)
+    assert max(INSIDE) >= 3  # several stages of one trial were in flight
+    assert_same(plain, slow)
+    assert [record["episode"] for record in plain[0]] == list(range(12))
+
+
+def test_results_do_not_depend_on_who_plays(local_ray):
+    def creator(config):
+        return known_optimum_env(config["problem"], 7)
+
+    local = train(episodes_per_iteration=5, n_iterations=2)
+    remote = train(episodes_per_iteration=5, n_iterations=2, num_env_runners=2, env_creator=creator)
+    assert_same(local, remote)
+
+
+def test_trials_with_another_epsilon_meet_the_same_random_actions(local_ray):
+    def actions(**changes):
+        algorithm = make(**changes)
+        episodes = algorithm.env_runner.sample(num_episodes=4)
+        algorithm.stop()
+        return [flatten(episode, PROBLEM.levels) for episode in episodes]
+
+    for one, other in zip(actions(epsilon=0.0), actions(epsilon=1.0), strict=True):
+        assert torch.equal(one.features[0], other.features[0])
+    first = [flat.action.tolist() for flat in actions(epsilon=0.0, decay_fraction=1.0)]
+    assert first[0] == actions(epsilon=1.0)[0].action.tolist()  # all random in episode 0
+
+
+def test_every_level_is_an_rl_module_and_the_encoder_is_one(local_ray):
+    algorithm = make()
+    module = algorithm.env_runner.module
+    assert tuple(module.keys()) == PROBLEM.levels
+    encoders = {id(module[level].q.encoder) for level in PROBLEM.levels}
+    assert len(encoders) == 1
+    before = level_weights(algorithm)
+    algorithm.train()
+    after = level_weights(algorithm)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    for name, value in module.networks.state_dict().items():
+        assert torch.equal(value, after[name]), name  # the runner plays with the learner's weights
+    algorithm.stop()
+
+
+def test_learned_weights_fit_the_networks_without_ray(local_ray):
+    algorithm = make(encoder="separate", n_members=2, pessimism=1.0)
+    algorithm.train()
+    shape = network_settings(
+        "dqn",
+        n_levels=3,
+        n_features=PROBLEM.n_features,
+        n_actions=PROBLEM.n_actions,
+        settings=settings(encoder="separate", n_members=2, pessimism=1.0),
+    )
+    LevelQNetworks(shape).load_state_dict(level_weights(algorithm))
+    algorithm.stop()
+
+
+def test_state_goes_out_and_in(local_ray):
+    one, other = make(), make(seed=9)
+    one.train()
+    other.set_state(one.get_state())
+    assert other.env_runner.next_episode == one.env_runner.next_episode == 4
+    for name, value in level_weights(one).items():
+        assert torch.equal(value, level_weights(other)[name])
+    assert other.train()["episodes"] == 8
+    one.stop()
+    other.stop()
+
+
+def test_metrics_are_few_and_flat_and_hold_the_environments_own(local_ray):
+    def creator(config):
+        env = known_optimum_env(config["problem"], 7)
+        env.episode_metrics = lambda: {"cost": 2.5}
+        return env
+
+    algorithm = make(env_creator=creator)
+    result = algorithm.train()
+    algorithm.stop()
+    assert {record["cost"] for record in episodes_of(result)} == {2.5}
+    assert result["episodes"] == 4
+    assert result["environment_steps"] == 4 * PROBLEM.horizon
+    assert result["updates"] == 3 * result["environment_steps"]
+    assert result["epsilon"] > 0.7
+    assert "env_runners" not in result
+    assert "learners" not in result
+
+
+def test_a_trial_plays_its_episodes_and_no_more(local_ray):
+    algorithm = make(n_episodes=6)
+    results = [algorithm.train() for _ in range(2)]
+    assert [result["done"] for result in results] == [False, True]
+    assert [record["episode"] for record in episodes_of(results[1])] == [4, 5]
+    with pytest.raises(RlhfRayError, match="all were played"):
+        algorithm.train()
+    algorithm.stop()
+
+
+def test_an_error_of_the_environment_reaches_the_caller(local_ray):
+    def creator(config):
+        env = known_optimum_env(config["problem"], 7)
+
+        def step(action):
+            raise RlhfRayError("the stage could not be carried out")
+
+        env.step = step
+        return env
+
+    algorithm = make(env_creator=creator)
+    with pytest.raises(RlhfRayError, match="stage could not"):
+        algorithm.train()
+    algorithm.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"name": "dqm"}, "algorithm must be one that exists.*Did you mean 'dqn'"),
+        ({"overrides": {"grad_clop": 1.0}}, "RLlib setting must be .*Did you mean 'grad_clip'"),
+        ({"overrides": {"n_step": 3}}, "must not hold what this package sets itself"),
+        ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got gamma=1.1"),
+        ({"n_episodes": 0}, "n_episodes must be at least 1"),
+        ({"tau": 0.0}, r"tau must be in \(0, 1\]"),
+    ],
+)
+def test_bad_settings_are_refused(changes, match):
+    with pytest.raises(InputError, match=match):
+        make(**changes)
+
+
+def test_rllib_settings_can_be_overridden(local_ray):
+    algorithm = make(overrides={"grad_clip": 0.5, "td_error_loss_fn": "mse"})
+    assert algorithm.config.grad_clip == 0.5
+    algorithm.train()
+    algorithm.stop()

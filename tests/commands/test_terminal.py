@@ -1,0 +1,227 @@
+import io
+
+import pandas as pd
+import pytest
+from rich.cells import cell_len
+from sweep_files import METHODS, write_sweep
+
+from rlhf_ray.commands import tables
+from rlhf_ray.commands.terminal import PLAIN_INTERVAL_S, Terminal, duration, printable, shortened
+from rlhf_ray.sweep.results import SearchResult
+
+HOSTILE = "[bold]\x1b[2J<script>" + "数据" * 60 + '"; rm -rf $HOME\n'
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(show) -> list[str]:
+    file = io.StringIO()
+    with Terminal(file) as terminal:
+        show(terminal)
+    return file.getvalue().splitlines()
+
+
+def assert_fits(lines: list[str]) -> None:
+    assert lines
+    assert max(map(cell_len, lines)) <= 80
+    assert "\x1b" not in "".join(lines)
+
+
+# -- progress
+
+
+def test_plain_progress_says_at_most_one_line_per_interval():
+    clock, file = Clock(), io.StringIO()
+    with Terminal(file, clock=clock) as terminal:
+        terminal.phase("sweep", total=100)
+        for done in range(101):
+            clock.now += PLAIN_INTERVAL_S / 10
+            terminal.update(done, logical=done * 10, distinct=done)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "sweep: 0/100 in 0 s"
+    assert len(lines) == 1 + 10 + 1
+    assert lines[1] == "sweep: 9/100 in 5 s; about 51 s left; logical 90, distinct 9"
+    assert lines[-1] == "sweep: 100/100 in 50 s; logical 1,000, distinct 100"
+
+
+def test_plain_progress_is_silent_while_nothing_happens():
+    clock, file = Clock(), io.StringIO()
+    with Terminal(file, clock=clock) as terminal:
+        terminal.phase("starting")
+        terminal.phase("sweep", total=2)
+        for _ in range(50):
+            clock.now += PLAIN_INTERVAL_S
+            terminal.update(1, distinct=3)
+    lines = file.getvalue().splitlines()
+    assert lines[:2] == ["starting ...", "starting: done in 0 s"]
+    assert len(lines) == 5
+
+
+def test_time_left_does_not_count_what_an_earlier_run_had_done():
+    clock, file = Clock(), io.StringIO()
+    with Terminal(file, clock=clock) as terminal:
+        terminal.phase("sweep", total=100)
+        terminal.update(90)
+        clock.now += 10
+        terminal.update(95)
+    assert "sweep: 95/100 in 10 s; about 10 s left" in file.getvalue()
+
+
+def test_a_phase_that_was_broken_off_does_not_end_as_if_done():
+    file = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Terminal(file) as terminal:
+        terminal.phase("sweep", total=3)
+        raise KeyboardInterrupt
+    assert file.getvalue() == "sweep: 0/3 in 0 s\n"
+
+
+def test_live_progress_on_a_terminal_leaves_one_line_per_phase(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    file = FakeTerminal()
+    with Terminal(file) as terminal:
+        terminal.phase("sweep", total=4)
+        terminal.update(2, distinct=17)
+        terminal.message("a line between")
+        terminal.phase("judging")
+    shown = file.getvalue()
+    assert "\x1b[" in shown
+    assert "a line between" in shown
+    assert "sweep: 2/4 in 0 s; distinct 17" in shown
+    assert "judging: done in 0 s" in shown
+
+
+def test_quiet_shows_what_is_said_only():
+    def show(terminal):
+        terminal.quiet = True
+        terminal.message("no")
+        terminal.phase("no", 3)
+        terminal.update(2)
+        terminal.show_lines("no")
+        terminal.say("yes")
+
+    assert plain(show) == ["yes"]
+
+
+def test_no_colours_where_they_are_not_wanted(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert_fits(plain(lambda terminal: terminal.message("word " * 60)))
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = FakeTerminal()
+    with Terminal(file) as terminal:
+        terminal.console.print("[red]text[/red]")
+    assert file.getvalue() == "text\n"
+
+
+# -- tables
+
+
+def test_tables_fit_80_columns_with_hostile_names(tmp_path):
+    write_sweep(tmp_path, n_trials=500, failed=(3,), error=HOSTILE)
+    result = SearchResult.load(tmp_path / "small-1")
+    frame = result.table()
+    frame.loc[5, "trial"] = HOSTILE
+    frame.loc[7, "tuning_cost_weight"] = 123456.789
+    frame["gamma"] += 0.0123456789
+    methods = result.methods().rename(index={"head": f"level:{HOSTILE}"})
+    sweeps = [
+        {"name": HOSTILE, "suite": HOSTILE, "state": "unfinished", "trials_done": 400,
+         "trials": 500, "utility": None}
+    ]  # fmt: skip
+    trace = [
+        {"level": HOSTILE, "operation": HOSTILE, "metric": 0.5, "cost": 123.456, "diverged": True}
+    ]
+
+    def show(terminal):
+        for metric in ("accuracy", HOSTILE):
+            terminal.show(tables.trials_table(frame, "000-abcdef", metric=metric))
+            terminal.show(tables.front_table(frame, metric=metric, unit="seconds"))
+            terminal.show(tables.methods_table(methods, metric=metric, unit="seconds"))
+            start = {"start_metric": 0.1, "cost": 200.0, "unit": "full stages"}
+            terminal.show(tables.trace_table(trace, metric=metric, **start))
+        terminal.show(tables.sweeps_table(sweeps))
+        terminal.message(HOSTILE)
+
+    lines = plain(show)
+    assert_fits(lines)
+    assert any("[bold]?[2J<" in line for line in lines)
+    assert any("460 more rows" in line for line in lines)
+
+
+def test_trials_table_shows_every_figure_and_marks_best_and_front(tmp_path):
+    write_sweep(tmp_path, failed=(1,))
+    result = SearchResult.load(tmp_path / "small-1")
+    shown = tables.trials_table(result.table(), result.best_trial, metric="accuracy")
+    lines = plain(lambda terminal: terminal.show(shown))
+    assert_fits(lines)
+    rows = [line.split() for line in lines if "abcdef" in line]
+    assert rows[0] == [
+        "*f", "000-abcdef", "0.9", "0.05", "0.01", "0.001", "0.900", "0.800", "1.000", "0.884",
+    ]  # fmt: skip
+    assert rows[1][0] == "f"
+    assert rows[2] == ["001-abcdef", "0.9", "0.05", "0.02", "0.001", "failed"]
+
+
+def as_methods(figures):
+    return {name: {"metric_mean": m, "cost_mean": c} for name, (m, c) in figures.items()}
+
+
+def test_comparison_names_points_and_cost_ratios():
+    assert tables.comparison(as_methods(METHODS), metric="accuracy") == (
+        "On the test tasks the policy reaches accuracy 0.912 at cost 0.31: 1.2 points below "
+        "full_best at 10% of its cost, 0.3 points above full at 31% of its cost, 1.2 points above "
+        "fixed at 77% of its cost, 20.1 points above random at 34% of its cost."
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "metric", "higher", "expected"),
+    [
+        ((0.9, 0.5), "accuracy", True, "level with full at 100% of its cost"),
+        ((0.8, 0.0), "accuracy", True, "10.0 points above full at a cost of its own"),
+        ((0.8, 0.01), "accuracy", True, "at 50 times its cost"),
+        ((1.2, 1.0), "rmse", False, "0.3 better than full at 50% of its cost"),
+        ((1.2, 1.0), "R2", True, "0.3 worse than full at 50% of its cost"),
+    ],
+)
+def test_comparison_says_it_plainly_whatever_the_numbers(other, metric, higher, expected):
+    figures = as_methods({"policy": (0.9, 0.5), "full": other})
+    assert expected in tables.comparison(figures, metric=metric, higher_is_better=higher)
+
+
+def test_comparison_without_baselines():
+    assert tables.comparison({}, metric="accuracy").startswith("The policy was not compared")
+    alone = tables.comparison(as_methods({"policy": (0.9, 0.5)}), metric="accuracy")
+    assert alone == "On the test tasks the policy reaches accuracy 0.900 at cost 0.50."
+
+
+def test_tables_of_nothing_are_shown():
+    empty = pd.DataFrame(columns=["trial", "on_front", "utility", "cost", "metric", "status"])
+    assert_fits(plain(lambda t: t.show(tables.trials_table(empty, None, metric="accuracy"))))
+
+
+def test_copyable_lines_are_the_command(tmp_path):
+    import shlex
+
+    command = ["python", "-m", "x", "--policy", "/a b/" + "c" * 60, "--task", "it's; $HOME"] * 3
+    lines = tables.copyable(command)
+    assert shlex.split("\n".join(lines).replace("\\\n", " ")) == command
+    assert all(cell_len(line) <= 78 for line in lines)
+
+
+def test_words():
+    assert duration(59.6) == "1 min 00 s"
+    assert printable("a\u202eb\x07") == "a?b?"
+    assert shortened("数据数据", 5).plain == "数据…"

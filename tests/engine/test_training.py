@@ -1,0 +1,123 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rlhf_ray.engine.training import (
+    batch_order,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    train_steps,
+)
+from rlhf_ray.operations import OptimizerName, Train
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@given(n=st.integers(1, 40), steps=st.integers(1, 12), size=st.integers(1, 50))
+def test_batches_go_through_the_split_evenly(n: int, steps: int, size: int) -> None:
+    batches = list(batch_order(n, steps, size, generator()))
+    assert [len(batch) for batch in batches] == [size] * steps
+    counts = torch.bincount(torch.cat(batches), minlength=n)
+    assert int(counts.max() - counts.min()) <= 1
+
+
+@given(n=st.integers(1, 40), size=st.integers(1, 50))
+def test_one_epoch_is_every_example_once(n: int, size: int) -> None:
+    batches = list(batch_order(n, None, size, generator()))
+    assert sorted(torch.cat(batches).tolist()) == list(range(n))
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_order_follows_the_generator() -> None:
+    first, second, other = (
+        torch.cat(list(batch_order(20, 4, 5, generator(seed)))) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def setting() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2), torch.randn(24, 3), torch.arange(24) % 2
+
+
+def run(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batches: list[torch.Tensor],
+) -> torch.Tensor:
+    return train_steps(
+        Train(name="t", learning_rate=0.1),
+        optimizer=optimizer,
+        batches=iter(batches),
+        forward=lambda index: model(x[index]),
+        loss=F.cross_entropy,
+        targets=y,
+    )
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_steps_are_those_of_the_plain_loop(name: OptimizerName) -> None:
+    (model, x, y), (plain, _, _) = setting(), setting()
+    batches = list(batch_order(24, 6, 8, generator()))
+    losses = run(model, make_optimizer(name, dict(model.named_parameters()), 0.05), x, y, batches)
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
+    extra = {"momentum": 0.9} if name == "sgd" else {}
+    optimizer = kind(plain.parameters(), lr=0.05, **extra)  # type: ignore[arg-type]
+    for batch, loss in zip(batches, losses, strict=True):
+        optimizer.zero_grad()
+        expected = F.cross_entropy(plain(x[batch]), y[batch])
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach())
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.grad is None
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_kept_state_goes_on_as_if_nothing_had_come_between(name: OptimizerName) -> None:
+    (whole, x, y), (halves, _, _) = setting(), setting()
+    batches = list(batch_order(24, 8, 8, generator()))
+    run(whole, make_optimizer(name, dict(whole.named_parameters()), 0.05), x, y, batches)
+    parameters = dict(halves.named_parameters())
+    first = make_optimizer(name, parameters, 0.05)
+    run(halves, first, x, y, batches[:3])
+    kept = optimizer_state(first, parameters)
+    assert all(entry.split("/")[1] in parameters for entry in kept)
+    second = make_optimizer(name, parameters, 0.05)
+    load_optimizer_state(second, parameters, {**kept, "exp_avg/of another level": torch.ones(1)})
+    run(halves, second, x, y, batches[3:])
+    for a, b in zip(whole.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_kept_state_is_a_copy() -> None:
+    model, x, y = setting()
+    parameters = dict(model.named_parameters())
+    optimizer = make_optimizer("adam", parameters, 0.05)
+    batches = list(batch_order(24, 2, 8, generator()))
+    run(model, optimizer, x, y, batches[:1])
+    kept = optimizer_state(optimizer, parameters)
+    before = {entry: value.clone() for entry, value in kept.items()}
+    again = make_optimizer("adam", parameters, 0.05)
+    load_optimizer_state(again, parameters, kept)
+    run(model, again, x, y, batches[1:])
+    assert all(torch.equal(kept[entry], before[entry]) for entry in kept)
+
+
+def test_scales_multiply_the_step_size() -> None:
+    parameters = {name: nn.Parameter(torch.ones(1)) for name in "ab"}
+    optimizer = make_optimizer("sgd", parameters, 0.1, {"a": 1.0, "b": 0.5})
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert parameters["a"].item() == pytest.approx(0.9)
+    assert parameters["b"].item() == pytest.approx(0.95)

@@ -1,0 +1,53 @@
+import pytest
+from synthetic import SyntheticStages, spec_of
+
+from rlhf_ray.evaluation.exhaustive import all_paths, distinct_steps, prefill
+from rlhf_ray.operations import Skip, Stop, Train, default_operations
+
+
+class Recorder:
+    """Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int | None]] = []
+        self.done: list[int | None] = []
+
+    def message(self, text: str) -> None:
+        raise AssertionError(text)
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        self.phases.append((name, total))
+
+    def update(self, done: int | None = None, **counters: float) -> None:
+        self.done.append(done)
+
+
+def test_steps_of_one_effect_are_one() -> None:
+    steps = distinct_steps(default_operations(), 2)
+    # three rates at two levels; up from the first is all; up from the last is mid there
+    assert sorted((s.operation.settings()["learning_rate"], s.levels) for s in steps) == [
+        (3e-4, (0,)), (3e-4, (1,)), (1e-3, (0,)), (1e-3, (0, 1)), (1e-3, (1,)),
+        (3e-3, (0,)), (3e-3, (1,)),
+    ]  # fmt: skip
+    assert distinct_steps((Skip(), Stop()), 3) == ()
+
+
+@pytest.mark.parametrize(("depth", "n"), [(0, 1), (1, 4), (3, 1 + 3 + 9 + 27)])
+def test_paths_are_all_of_them_shorter_ones_first(depth: int, n: int) -> None:
+    steps = distinct_steps((Train(name="t", learning_rate=1e-3), Stop()), 3)
+    paths = list(all_paths(steps, depth))
+    assert len(paths) == len(set(paths)) == n
+    assert [len(path) for path in paths] == sorted(len(path) for path in paths)
+
+
+def test_prefill_asks_for_every_state_once() -> None:
+    spec = spec_of(2, operations=(Train(name="t", learning_rate=1e-3), Skip(), Stop()))
+    stages, progress = SyntheticStages(), Recorder()
+    n = prefill(
+        spec, stages, tasks=["a", "b"], reported=["b"], replicas=2, depth=2, progress=progress
+    )
+    per_task = 1 + 2 + 4
+    assert n == len(stages.asked) == len(set(stages.asked)) == per_task * 3 * 2
+    assert {r.task for r in stages.asked if r.kind == "test"} == {"b"}
+    assert progress.phases == [("filling the tree", n)]
+    assert sorted(done or 0 for done in progress.done) == list(range(1, n + 1))

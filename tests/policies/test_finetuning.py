@@ -1,0 +1,199 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweep_files import small_suite
+from torch import nn
+
+from rlhf_ray.config import SearchConfig
+from rlhf_ray.engine.loaded_model import EngineSettings
+from rlhf_ray.errors import InputError
+from rlhf_ray.operations import Operation, Skip, StageSession, Stop, operation_as_json
+from rlhf_ray.policies.finetuning import FineTuned, finetune
+from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
+from rlhf_ray.policies.observations import Observer, as_groups
+from rlhf_ray.policies.policy import Policy
+from rlhf_ray.process import ProcessSpec
+from rlhf_ray.tasks import Task, call_model
+
+LEVELS = {"low": ["0"], "head": ["2"]}
+
+
+def task(name: str = "never seen", shift: float = 0.5) -> Task:
+    rng = torch.Generator().manual_seed(7)
+
+    def split(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(n, 4, generator=rng)
+        return x + shift, x[:, 1:].argmax(1)
+
+    return Task(name=name, train=split(64), val=split(48), test=split(80))
+
+
+class Zap(Operation):
+    """An operation of a user's own: sets the acting level to zero."""
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        return (level,)
+
+    def run(self, session: StageSession) -> None:
+        for parameter in session.parameters().values():
+            parameter.data.zero_()
+
+
+def policy(
+    seed: int = 0, operations: tuple[Operation, ...] | None = None, **process: Any
+) -> Policy:
+    """An untrained policy: it does something, and always the same."""
+    chosen = operations or SearchConfig(steps=5, batch_size=16).operations()
+    spec = ProcessSpec(levels=tuple(LEVELS), operations=chosen, reference_flops=1.0)
+    observer = Observer(groups=as_groups("all"))
+    features = observer.names(spec)
+    network = NetworkSettings(
+        n_levels=2, n_features=len(features), n_actions=spec.n_actions, hidden=(8,)
+    )
+    record = {
+        "horizon": 4, "performance": "gain", "cost": "flops", "budget": None, "tasks": [],
+        "groups": list(observer.groups), "precision": "fp32", "val_size": EngineSettings().val_size,
+    }  # fmt: skip
+    return Policy(
+        levels=tuple(LEVELS),
+        features=features,
+        operations=tuple(operation_as_json(operation) for operation in chosen),
+        network=network,
+        weights=LevelQNetworks(network, seed=seed).state_dict(),
+        metadata={"process": {**record, **process}},
+    )
+
+
+def active_policy() -> Policy:
+    """The first that carries out several stages, of which the best is kept."""
+    for seed in range(50):
+        tuned = run(policy(seed))
+        if tuned.run.stages >= 2 and tuned.run.best_length >= 1:
+            return policy(seed)
+    raise AssertionError("no seed acts")
+
+
+def run(chosen: Policy, model: nn.Module | None = None, **options: Any) -> FineTuned:
+    return finetune(model or small_suite().model, LEVELS, task(), chosen, **options)
+
+
+@pytest.fixture(scope="module")
+def active() -> Policy:
+    torch.set_num_threads(1)
+    return active_policy()
+
+
+def accuracy(model: nn.Module, data: Any) -> float:
+    with torch.no_grad():
+        return float((call_model(model, data[0]).argmax(1) == data[1]).float().mean())
+
+
+def test_tuned_model_reproduces_its_metrics(active: Policy) -> None:
+    model = small_suite().model
+    tuned = run(active, model)
+    assert accuracy(tuned.model, task().test) == pytest.approx(tuned.test_metric)
+    assert accuracy(tuned.model, task().val) == pytest.approx(tuned.val_metric)
+    assert accuracy(model, task().val) == pytest.approx(tuned.start_metric)
+    assert accuracy(model, task().test) == pytest.approx(tuned.start_test_metric)
+    assert tuned.val_metric == max([tuned.start_metric, *(s["metric"] for s in tuned.trace)])
+    assert not any(module.training for module in tuned.model.modules())
+
+
+def test_given_model_is_left_as_it_was(active: Policy) -> None:
+    model = small_suite().model.train()
+    model[0].weight.requires_grad_(False)  # type: ignore[index,union-attr]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tuned = run(active, model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+    assert any(not torch.equal(before[n], v) for n, v in tuned.model.state_dict().items())
+
+
+def test_same_replica_gives_the_same_another_one_not(active: Policy) -> None:
+    first, second, other = run(active), run(active), run(active, replica=1)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name])
+
+    def figures(tuned: FineTuned) -> list[Any]:
+        return [{**step, "time_s": 0} for step in tuned.trace]
+
+    assert figures(first) == figures(second) and first.cost == second.cost
+    assert any(
+        not torch.equal(value, other.model.state_dict()[name])
+        for name, value in first.model.state_dict().items()
+    )
+
+
+def test_account_is_the_sum_of_the_trace(active: Policy) -> None:
+    seen: list[tuple[int, str]] = []
+    tuned = run(active, on_step=lambda state, step: seen.append((len(state.path), step.operation)))
+    assert [name for _, name in seen] == [step["operation"] for step in tuned.trace]
+    assert tuned.switches == sum(step["switches"] for step in tuned.trace)
+    start = tuned.cost - sum(step["cost"] for step in tuned.trace)
+    assert start > 0  # evaluation and probes of the pretrained model
+    assert tuned.run.cost == tuned.cost and tuned.run.test_metric == tuned.test_metric
+
+
+def test_val_size_and_horizon_are_those_of_the_policy(active: Policy) -> None:
+    short = replace(active, metadata={"process": {**active.metadata["process"], "horizon": 1}})
+    assert run(short).run.stages <= 1
+    few = replace(active, metadata={"process": {**active.metadata["process"], "val_size": 8}})
+    assert (run(few).start_metric * 8).is_integer()  # a share of eight examples
+
+
+def test_policy_for_other_levels_is_refused(active: Policy) -> None:
+    with pytest.raises(InputError, match="level"):
+        finetune(small_suite().model, {"one": ["0"], "two": ["2"]}, task(), active)
+    with pytest.raises(InputError, match="level"):
+        finetune(small_suite().model, {"head": ["2"], "low": ["0"]}, task(), active)
+
+
+def test_operations_of_ones_own_must_be_given() -> None:
+    own = (Zap(name="zap"), Skip(), Stop())
+    chosen = policy(operations=own)
+    with pytest.raises(InputError, match="'zap' must be one of this package's, got kind='Zap'"):
+        run(chosen)
+    tuned = run(chosen, operations=own)
+    assert {step["operation"] for step in tuned.trace} <= {"zap", "skip", "stop"}
+    with pytest.raises(InputError, match="operations"):
+        run(chosen, operations=(Zap(name="other"), Skip(), Stop()))
+
+
+def test_data_the_model_cannot_take_is_refused(active: Policy) -> None:
+    wrong = Task(name="w", **dict.fromkeys(("train", "val", "test"), (torch.zeros(4, 3),
+                 torch.zeros(4, dtype=torch.int64))))  # fmt: skip
+    with pytest.raises(InputError, match="'w': model and loss must take its data"):
+        finetune(small_suite().model, LEVELS, wrong, active)
+
+
+def test_replica_and_device_are_checked(active: Policy) -> None:
+    with pytest.raises(InputError, match="replica must be a whole number >= 0, got replica=-1"):
+        run(active, replica=-1)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="cuda"):
+            run(active, device="cuda")
+
+
+def test_fine_tuning_needs_no_ray(tmp_path: Any, active: Policy) -> None:
+    active.save(tmp_path)
+    code = (
+        "import sys, rlhf_ray as rr, test_finetuning as t\n"
+        "policy = rr.Policy.load(sys.argv[1])\n"
+        "tuned = rr.finetune(t.small_suite().model, t.LEVELS, t.task(), policy)\n"
+        "assert 'ray' not in sys.modules\n"
+        "print(tuned.test_metric)"
+    )
+    here = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
+    environment = {**os.environ, "PYTHONPATH": here}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True,
+        env=environment,
+    )  # fmt: skip
+    assert float(done.stdout) == pytest.approx(run(active).test_metric)

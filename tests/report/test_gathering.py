@@ -1,0 +1,330 @@
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from report_sweeps import LEVELS, OPERATIONS, made_up_run, write_made_up_sweep, write_trial
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.report import __main__ as command
+from rlhf_ray.report.accounts import effects
+from rlhf_ray.report.explain import explain
+from rlhf_ray.report.gathering import Gatherer
+from rlhf_ray.report.live import LivePage, write_report
+from rlhf_ray.report.page import fragment, version, whole
+from rlhf_ray.report.serving import server_of
+from rlhf_ray.report.trials import CURVE_POINTS, smoothed, thinned
+from rlhf_ray.storage import open_storage
+from rlhf_ray.sweep.results import SearchResult
+
+HOSTILE = "<script>alert(1)</script>\"'&日本語 " + "x" * 300
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(tmp_path / "runs")
+
+
+class Told:
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
+
+    def phase(self, name, total=None): ...
+    def update(self, done=None, **counters): ...
+
+
+# -- gathering
+
+
+def test_gather_counts_states_and_marks_the_front(storage):
+    write_made_up_sweep(storage, n_trials=9, n_done=4, n_failed=2, state="running")
+    data = Gatherer(storage, "made-up").gather()
+    health = data["health"]
+    assert [health[s] for s in ("done", "running", "waiting", "failed")] == [4, 0, 3, 2]
+    done = [trial for trial in data["trials"] if trial["status"] == "done"]
+    assert any(trial["on_front"] for trial in done)
+    assert data["best"] == max(done, key=lambda trial: trial["utility"])["name"]
+    assert data["comparison"] is None
+    assert "apply" not in data["commands"]
+
+
+def test_gather_of_a_sweep_without_any_trial_done(storage):
+    write_made_up_sweep(storage, n_trials=2, n_done=0, state="running")
+    data = Gatherer(storage, "made-up").gather()
+    assert (data["best"], data["learned"], data["best_paths"]) == (None, None, [])
+    assert "No trial has been judged yet." in fragment(data)
+
+
+def test_a_trial_that_has_ended_is_read_once(storage, monkeypatch):
+    write_made_up_sweep(storage, n_trials=3, n_done=2, state="running")
+    gatherer = Gatherer(storage, "made-up")
+    before = gatherer.gather()
+    read = []
+    real = storage.read_json
+    monkeypatch.setattr(storage, "read_json", lambda name: read.append(name) or real(name))
+    trial = before["trials"][2]
+    planned = {"name": trial["name"], "values": trial["values"]}
+    write_trial(storage, "made-up", planned, 2)
+    after = gatherer.gather()
+    assert [t["status"] for t in after["trials"]] == ["done"] * 3
+    asked = {name.split("/")[2] for name in read if name.endswith("trial.json")}
+    assert asked == {trial["name"], after["best"]}
+    assert version(before) != version(after) == version(gatherer.gather())
+
+
+def test_progress_of_the_driver_shows_what_runs_and_when_it_ends(storage):
+    write_made_up_sweep(storage, n_trials=4, n_done=1, state="running")
+    second = Gatherer(storage, "made-up").gather()["trials"][1]["name"]
+    page = LivePage(storage, "made-up", Told(), before=96, total=384)
+    page._began -= 100.0
+    curves = {second: {"curve": [[32, 0.1], [64, 0.2]]}}
+    page.tick({"in_flight": 2, "failed": {"k": "broke"}}, curves, done=160, restarts={second: 1})
+    data = Gatherer(storage, "made-up").gather()
+    running = data["trials"][1]
+    assert (running["status"], running["episodes"]) == ("running", 64)
+    assert data["health"]["left_s"] == pytest.approx(350, rel=0.05)
+    assert data["health"]["failed_stages"] == ["broke"]
+    html = storage.read_bytes("made-up/report.html").decode()
+    assert "64 episodes" in html
+    assert "Started again" in html
+
+
+def test_a_page_that_cannot_be_written_is_told_once_and_harms_nothing(storage, monkeypatch):
+    write_made_up_sweep(storage)
+    told = Told()
+    page = LivePage(storage, "made-up", told)
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    page.write()
+    page.write()
+    assert told.lines == ["the results page cannot be written: full"]
+
+
+def test_curves_are_smoothed_and_thinned_to_the_last_point():
+    assert smoothed([]) == []
+    assert smoothed([1.0, 3.0]) == [[1, 1.0], [2, 3.0]]
+    curve = smoothed([float(i) for i in range(500)])
+    assert len(curve) <= CURVE_POINTS
+    assert curve[-1] == [500, 491.5]
+    assert thinned([[1, 2]]) == [[1, 2]]
+
+
+def test_effects_of_few_and_of_many_values():
+    def trial(gamma, epsilon, utility):
+        values = {"gamma": gamma, "epsilon": epsilon, "tuning_cost_weight": 0.0,
+                  "switch_cost_weight": 0.0}  # fmt: skip
+        return {"values": values, "utility": utility}
+
+    found = effects([trial(0.9 + 0.1 * (i % 2), i / 10, i / 10) for i in range(8)])
+    assert [e["setting"] for e in found] == ["gamma", "epsilon"]
+    low, high = found[0]["values"]
+    assert (low["n"], low["mean"], high["mean"]) == (4, pytest.approx(0.3), pytest.approx(0.4))
+    assert found[1]["correlation"] == pytest.approx(1.0)
+
+
+# -- explanation
+
+
+def run_of(task, decisions, replica=0):
+    """A run from (level, operation) pairs; what trains raises the metric by 0.1."""
+    steps, metric = [], 0.5
+    for level, operation in decisions:
+        trains = operation.startswith("train")
+        metric += 0.1 * trains
+        steps.append({"level": level, "operation": operation, "next_level": level,
+                      "levels": [level] if trains else [], "metric": metric,
+                      "diverged": False})  # fmt: skip
+    n = sum(bool(step["levels"]) for step in steps)
+    return {"task": task, "replica": replica, "start_metric": 0.5, "val_metric": metric,
+            "cost": 0.3 * n, "stages": n, "best_length": n, "steps": steps}  # fmt: skip
+
+
+def explained(runs, drivers=()):
+    operations = [{"name": name, "kind": kind} for name, kind in OPERATIONS]
+    return explain(runs, [], levels=LEVELS, operations=operations, horizon=5, metric="accuracy",
+                   drivers=drivers)  # fmt: skip
+
+
+def test_words_group_tasks_by_the_way_they_go():
+    inward = [("conv", "train_mid"), ("conv", "train_mid"), ("dense", "stop")]
+    onward = [("conv", "skip"), ("dense", "train_high"), ("dense", "stop")]
+    runs = [run_of("blur-0.55", inward), run_of("noise-0.3", inward), run_of("swap-0.9", onward)]
+    text = str(explained(runs))
+    assert "2 different ways on 3 tasks" in text
+    assert (
+        "blur, noise (2 tasks): conv train_mid x2, then stop; val accuracy 0.500 to 0.700" in text
+    )
+    assert "swap (1 task): conv skip, dense train_high, then stop" in text
+    assert "1.7 stages on average, of 5 at most; in all of its runs it stops by itself" in text
+
+
+def test_a_policy_that_looks_at_nothing_is_called_a_schedule():
+    same = [("conv", "train_mid")] * 5
+    text = str(explained([run_of("a", same), run_of("b", same)]))
+    assert "the same on all 2 tasks: a schedule" in text
+    assert "in none of its runs it stops by itself" in text
+
+
+def test_the_map_and_paths_hold_what_was_done():
+    first = [("conv", "train_mid"), ("dense", "train_high"), ("dense", "stop")]
+    found = explained([run_of("a", first), run_of("a", first, 1), run_of("a", first[-1:], 2)])
+    (path,) = found.paths
+    assert (path["replicas"], path["alike"]) == (3, 2)
+    assert [step["returned"] for step in path["steps"]] == [False, True, False]
+    conv, dense = found.level_map["rows"]
+    assert conv["cells"][0] == {"share": 2 / 3, "operation": "train_mid"}
+    assert dense["cells"][1] == {"share": 2 / 3, "operation": "train_high"}
+    assert found.level_map["ended"] == [0.0, 1 / 3, 1 / 3]
+    html = found._repr_html_()
+    assert "conv train_mid, dense train_high, then stop" in html
+
+
+def test_stages_after_the_returned_model_are_told():
+    run = run_of("a", [("conv", "train_mid")] * 4)
+    assert "50% of its stages came after the model" in str(explained([{**run, "best_length": 2}]))
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [
+        ({"decisions": 0, "features": []}, "dense never acts."),
+        ({"decisions": 1, "features": []}, "dense acted once only"),
+        ({"decisions": 9, "features": []}, "No single feature would change dense's choice."),
+        ({"decisions": 9, "features": [{"name": "val loss", "changed": 0.25}]},
+         "dense's choice hangs most on val loss (25%)."),
+    ],
+)  # fmt: skip
+def test_drivers_in_words(driver, words):
+    assert words in str(explained([], [{"level": "dense", **driver}]))
+
+
+# -- the page
+
+
+def test_hostile_names_are_text_in_page_and_data(storage):
+    level = "</script><img src=x onerror=alert(1)>"
+    write_made_up_sweep(storage, n_trials=4, n_failed=1, suite=HOSTILE, levels=(level, "b"),
+                        tasks=(HOSTILE, "{{ 7*7 }}"), error=HOSTILE)  # fmt: skip
+    html = fragment(Gatherer(storage, "made-up").gather())
+    assert "<script>alert" not in html
+    assert "<img" not in html
+    assert "{{ 7*7 }}" in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert html.count("<script") == html.count("</script>") == 1
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*)</script>', html)
+    assert "<" not in data
+    assert json.loads(data)["trials"]
+
+
+def test_the_page_asks_the_network_for_nothing(storage):
+    write_made_up_sweep(storage)
+    html = whole(Gatherer(storage, "made-up").gather())
+    own = html[: html.index("<script>")]
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", own)
+    assert "default-src 'none'" in own
+    assert "plotly.js v" in html
+
+
+def test_five_hundred_trials_stay_small(storage):
+    write_made_up_sweep(storage, n_trials=500, continuous=True)
+    write_report(storage, "made-up")
+    assert storage.size_bytes("made-up/report.html") < 8e6
+
+
+# -- the command and the server
+
+
+def test_the_command_writes_the_page(storage, tmp_path, capsys):
+    write_made_up_sweep(storage)
+    assert command.main([str(tmp_path / "runs" / "made-up")]) == 0
+    assert f"{tmp_path}/runs/made-up/report.html" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "made-up" / "report.html").stat().st_size > 4e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the sweep's folder must be given first, got none."),
+        (["nowhere"], "the folder must be a sweep's (with sweep.json), got 'nowhere'."),
+        (["."], "It holds the sweeps made-up."),
+        (["made-up", "--port", "70000"], "port must lie in [0, 65535], got port=70000."),
+        (["made-up", "--server"], "Did you mean '--serve'?"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, storage, tmp_path, monkeypatch, capsys):
+    write_made_up_sweep(storage)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_report_needs_no_ray():
+    code = (
+        "import sys, rlhf_ray.report.live, rlhf_ray.report.serving, rlhf_ray.report.__main__\n"
+        "assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def served(storage):
+    write_made_up_sweep(storage, n_trials=3, n_done=1, state="running")
+    server = server_of(Gatherer(storage, "made-up"), 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_server_gives_page_and_changes_on_this_machine_only(served, storage):
+    with urllib.request.urlopen(f"{served}/") as answer:
+        page = answer.read().decode()
+    (have,) = re.findall(r'data-version="(\w+)"', page)
+    with urllib.request.urlopen(f"{served}/content?have={have}") as answer:
+        assert answer.status == 204
+    planned = Gatherer(storage, "made-up").gather()["trials"][1]
+    write_trial(storage, "made-up", {k: planned[k] for k in ("name", "values")}, 1)
+    with urllib.request.urlopen(f"{served}/content?have={have}") as answer:
+        assert "2 of 3 trials judged" in answer.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{served}/sweep.json")
+    foreign = urllib.request.Request(f"{served}/", headers={"Host": "example.com"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign)
+    port = int(served.rpartition(":")[2])
+    with pytest.raises(InputError, match="port must be a free one"):
+        server_of(Gatherer(storage, "made-up"), port)
+
+
+# -- notebooks
+
+
+def test_a_result_shows_itself_in_a_notebook(storage, tmp_path):
+    write_made_up_sweep(storage, n_trials=4, n_failed=1, tasks=(HOSTILE, "b"))
+    result = SearchResult.load(tmp_path / "runs" / "made-up")
+    assert "On the test tasks the policy reaches accuracy 0.918" in result._repr_html_()
+    figure = result.plot_front()
+    assert {trace.name for trace in figure.data} == {"trials", "front", "baselines"}
+    assert "<script" not in result.explain()._repr_html_()
+    assert result.explain(result.best_trial).words == result.explain().words
+    with pytest.raises(InputError, match="must have been judged"):
+        result.explain(result.failures[0]["name"])
+    with pytest.raises(InputError, match="trial must be one that exists"):
+        result.explain("nobody")
+
+
+def test_made_up_runs_have_the_fields_of_real_ones():
+    from rlhf_ray.evaluation.judging import Run
+
+    Run.from_json(made_up_run(random.Random(0), "policy", "t", 0, LEVELS, 0.0))

@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import pytest
+import torch
+from sweep_files import METHODS, write_sweep
+
+from rlhf_ray.errors import InputError
+from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
+from rlhf_ray.policies.policy import Policy
+from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.sweep.results import (
+    TABLE_COLUMNS,
+    SearchResult,
+    list_sweeps,
+    read_policy,
+    trial_folder,
+    write_policy,
+)
+
+NETWORK = NetworkSettings(n_levels=2, n_features=3, n_actions=4, hidden=(8,))
+
+
+def policy(seed: int = 0) -> Policy:
+    return Policy(
+        levels=("low", "head"),
+        features=("a", "b", "c"),
+        operations=({"kind": "Skip", "name": "skip"}, {"kind": "Stop", "name": "stop"}),
+        network=NETWORK,
+        weights=LevelQNetworks(NETWORK, seed=seed).state_dict(),
+        metadata={"process": {}},
+    )
+
+
+def test_table_has_a_row_per_trial_and_marks_the_front(tmp_path: Path) -> None:
+    write_sweep(tmp_path, n_trials=4, failed=(1,), waiting=(3,), state="running")
+    result = SearchResult.load(tmp_path / "small-1")
+    table = result.table()
+    assert tuple(table.columns) == TABLE_COLUMNS
+    assert list(table["status"]) == ["done", "failed", "done", "waiting"]
+    assert list(table["metric"].isna()) == [False, True, False, True]
+    assert list(table["on_front"]) == [True, False, True, False]
+    assert list(result.front()["cost"]) == sorted(result.front()["cost"])
+    assert [trial["name"] for trial in result.failures] == [table["trial"][1]]
+    assert not result.finished and result.methods().empty
+
+
+def test_best_trial_is_that_of_highest_utility(tmp_path: Path) -> None:
+    write_sweep(tmp_path, n_trials=3, failed=(0,))
+    result = SearchResult.load(str(tmp_path / "small-1") + "/")
+    assert result.best_trial == result.table()["trial"][1]
+    assert result.directory == str(tmp_path / "small-1") and result.storage_path == str(tmp_path)
+    write_sweep(tmp_path, name="none", failed=(0, 1, 2))
+    with pytest.raises(InputError, match="a trial must have ended well, got none"):
+        SearchResult.load(tmp_path / "none").best_policy  # noqa: B018
+
+
+def test_front_follows_the_direction_of_the_metric(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    storage = open_storage(tmp_path)
+    sweep = storage.read_json("small-1/sweep.json")
+    assert isinstance(sweep, dict)
+    sweep["metric"]["higher_is_better"] = False  # the last trial is cheapest and now the best
+    storage.write_json("small-1/sweep.json", sweep)
+    assert list(SearchResult(storage, "small-1").table()["on_front"]) == [False, False, True]
+
+
+def test_methods_stand_by_utility(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    methods = SearchResult.load(tmp_path / "small-1").methods()
+    assert set(methods.index) == set(METHODS)
+    assert methods["utility_mean"].is_monotonic_decreasing
+
+
+def test_load_takes_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sweep(tmp_path)
+    for folder, path in ((tmp_path, "small-1"), (tmp_path / "small-1", ".")):
+        monkeypatch.chdir(folder)
+        assert SearchResult.load(path).directory == str(tmp_path / "small-1")
+
+
+@pytest.mark.parametrize("name", ["nothing", "tree"])
+def test_what_is_no_sweep_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tree").mkdir()
+    with pytest.raises(InputError, match=f"a sweep must be there, got '{name}'"):
+        SearchResult.load(tmp_path / name)
+
+
+def test_policies_go_through_any_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(tmp_path)
+    write_policy(storage, "here/policy", policy())
+    local = read_policy(storage, "here/policy")
+    monkeypatch.setattr(Storage, "local_path", lambda self, name="": None)
+    for found in (local, read_policy(storage, "here/policy")):
+        assert found.levels == ("low", "head")
+        for name, value in policy().weights.items():
+            assert torch.equal(found.weights[name], value)
+    with pytest.raises(InputError, match="policy"):
+        read_policy(storage, "there/policy")
+
+
+def test_policy_of_any_trial(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    result = SearchResult.load(tmp_path / "small-1")
+    second = result.table()["trial"][1]
+    write_policy(open_storage(tmp_path), trial_folder("small-1", second), policy(3))
+    with pytest.raises(InputError, match=r"trial must be one that exists, got trial='00x'"):
+        result.policy("00x")
+    with pytest.raises(InputError, match="policy"):
+        result.policy(second)  # its folder is there, and holds none
+    write_policy(open_storage(tmp_path), trial_folder("small-1", second) + "/policy", policy(3))
+    name, value = next(iter(policy(3).weights.items()))
+    assert torch.equal(result.policy(second).weights[name], value)
+
+
+def test_list_of_sweeps_does_not_look_into_the_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sweep(tmp_path, name="two", state="running", failed=(0, 1, 2))
+    write_sweep(tmp_path, name="one", waiting=(2,))
+    for folder in ("tree/ab", "pretrained"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "sweep.json").write_text("{}")
+    (tmp_path / "pretrained" / "sweep.json").unlink()
+    monkeypatch.setattr(Storage, "files", lambda *_: pytest.fail("listed everything"))
+    found = list_sweeps(str(tmp_path))
+    assert [(s["name"], s["state"], s["trials_done"], s["trials"]) for s in found] == [
+        ("one", "finished", 2, 3),
+        ("two", "running", 0, 3),
+    ]
+    assert found[0]["utility"] == pytest.approx(0.9 - 0.02 * 0.8) and found[1]["utility"] is None
+    assert found[0]["path"] == str(tmp_path / "one")
+    assert list_sweeps(str(tmp_path / "nowhere")) == []

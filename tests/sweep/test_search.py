@@ -1,0 +1,526 @@
+"""The whole: sweeps on tiny suites, on one Ray of the run's or as a user starts them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from sweep_files import small_suite
+from torch import nn
+
+from rlhf_ray.config import SearchConfig
+from rlhf_ray.errors import InputError
+from rlhf_ray.operations import Operation, Skip, StageSession, Stop, Train
+from rlhf_ray.policies.finetuning import finetune
+from rlhf_ray.storage import open_storage
+from rlhf_ray.sweep import search as sweep
+from rlhf_ray.sweep.results import SearchResult
+from rlhf_ray.sweep.search import search
+from rlhf_ray.tasks import Metric, Suite, Task
+from rlhf_ray.tree.store import TreeStore
+
+HERE = Path(__file__).parents[1]
+
+FLAGS = {
+    "gamma": (0.9,), "epsilon": (0.1,), "tuning_cost_weight": (0.0, 0.05),
+    "switch_cost_weight": (0.001,), "episodes": 6, "horizon": 3, "steps": 2, "batch_size": 8,
+    "judge_replicas": 2, "num_workers": 1, "cpus_per_worker": 0.5, "concurrent_trials": 1,
+    "stages_in_flight": 2,
+}  # fmt: skip
+"""Two trials of six episodes."""
+
+
+def config(storage: Path, **changes: Any) -> SearchConfig:
+    return SearchConfig(storage_path=str(storage), **{**FLAGS, **changes})
+
+
+def command(storage: str, suite: str = "sweep_files:small_suite", *more: str) -> list[str]:
+    """The same sweep as a user starts it."""
+    words = [sys.executable, "-m", "rlhf_ray.launch", "--suite", suite, "--storage-path", storage]
+    for name, value in FLAGS.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return [*words, *more]
+
+
+def same(table: pd.DataFrame, other: pd.DataFrame) -> bool:
+    pd.testing.assert_frame_equal(table, other, check_exact=True)
+    return True
+
+
+def must_not_run(*_: Any, **__: Any) -> None:
+    raise AssertionError("there was nothing to run")
+
+
+@dataclass(frozen=True)
+class Finished:
+    storage: Path
+    config: SearchConfig
+    result: SearchResult
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An undisturbed sweep; tests only look at it."""
+    storage = tmp_path_factory.mktemp("finished")
+    asked = config(storage)
+    return Finished(storage, asked, search(small_suite(), asked))
+
+
+# -- what a sweep leaves
+
+
+def test_result_holds_trials_policies_and_comparison(finished: Finished) -> None:
+    result = finished.result
+    assert result.finished and not result.failures
+    table = result.table()
+    assert list(table["status"]) == ["done", "done"] and table["on_front"].any()
+    assert list(table["tuning_cost_weight"]) == [0.0, 0.05]
+    judged = table["metric"] - 0.02 * table["cost"] - 0.002 * table["switches"]
+    pd.testing.assert_series_equal(judged, table["utility"], check_names=False)
+    assert result.best_trial == table.loc[table["utility"].idxmax(), "trial"]
+    for trial in table["trial"]:
+        assert result.policy(trial).levels == ("low", "head")
+    assert result.best_policy.metadata["sweep"] == result.name
+    methods = result.methods()
+    assert set(methods.index) == {"policy", "fixed", "full", "full_best", "head", "random"}
+
+
+def test_summary_keeps_its_contract(finished: Finished) -> None:
+    folder = finished.storage / finished.result.name
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["suite"], summary["seed"], summary["n_trials"]) == ("small", 0, 2)
+    assert summary["wall_s"] > 0
+    assert {"logical", "distinct", "seconds_spent", "seconds_saved"} <= set(summary["stages"])
+    assert summary["stages"]["logical"] >= summary["stages"]["distinct"] > 0
+    assert summary["stages"]["failed"] == 0
+    assert summary["best"]["trial"] == finished.result.best_trial
+    assert {"gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight"} <= set(summary["best"])
+    figures = {
+        "metric_mean", "metric_sd", "cost_mean", "switches_mean", "utility_mean", "rank_mean",
+    }  # fmt: skip
+    assert all(figures <= set(found) for found in summary["methods"].values())
+    rows = {(row["method"], row["task"], row["seed"]) for row in summary["rows"]}
+    assert rows == {(m, "test-0", r) for m in summary["methods"] for r in range(2)}
+    assert {"methods", "sweep.json", "lock.json"} & {p.name for p in folder.iterdir()} == {
+        "sweep.json"
+    }
+    assert (folder / "best_policy" / "policy.json").exists()
+
+
+def test_policy_fine_tunes_a_task_it_never_saw(finished: Finished) -> None:
+    suite = small_suite(task="new")
+    tuned = finetune(suite.model, suite.levels, suite.test_tasks[0], finished.result.best_policy)
+    assert 0 <= tuned.test_metric <= 1 and tuned.val_metric >= tuned.start_metric
+
+
+def test_finished_sweep_is_returned_without_work(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_run", must_not_run)
+    again = search(small_suite(), replace(finished.config, num_workers=3))
+    assert same(again.table(), finished.result.table()) and again.summary == finished.result.summary
+
+
+def test_baselines_asked_for_later_are_added(finished: Finished) -> None:
+    result = search(small_suite(), replace(finished.config, baselines=("lp_ft",)))
+    assert set(result.methods().index) == {*finished.result.methods().index, "lp_ft"}
+    assert same(result.table(), finished.result.table())
+    found = [r.summary["methods"]["policy"] for r in (result, finished.result)]
+    # a rank is one among more methods now
+    first, second = ({**figures, "rank_mean": 0} for figures in found)
+    assert first == second
+
+
+def test_other_configuration_under_the_same_name_is_refused(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "_run", must_not_run)
+    name = finished.result.name
+    with pytest.raises(InputError, match=r"which holds another\. Give another --name, or --fresh"):
+        search(small_suite(), replace(finished.config, name=name, episodes=7))
+    with pytest.raises(InputError, match="which holds another"):
+        search(small_suite(task="other"), replace(finished.config, name=name))
+    assert SearchResult.load(finished.storage / name).finished
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    suite, asked = small_suite(), config(tmp_path)
+    no_val = replace(suite, val_tasks=[])
+    lower = Metric(name="loss", function=F.cross_entropy, higher_is_better=False)
+    mixed = replace(suite, val_tasks=[replace(suite.val_tasks[0], metric=lower)])
+    for given, changes, match in (
+        (no_val, {}, "a search must have val tasks, got none in 'small'"),
+        (mixed, {}, "all tasks' metrics must have one direction, got accuracy, loss"),
+        (suite, {"baselines": ("ful",)}, "baseline must be one that exists.*Did you mean 'full'"),
+    ):
+        with pytest.raises(InputError, match=match):
+            search(given, replace(asked, **changes))
+    with pytest.raises(InputError, match="max_minutes must be > 0, got max_minutes=0"):
+        search(suite, asked, max_minutes=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fresh_forgets_the_sweep_and_keeps_lock_and_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(tmp_path, name="mine")
+    seen: list[set[str]] = []
+
+    def look(*_: Any, **__: Any) -> None:
+        seen.append({str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()})
+
+    monkeypatch.setattr(sweep, "_run", look)
+    for file in ("tree/ab/ab.json", "mine/trials/000/trial.json", "mine/summary.json", "other/x"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    (tmp_path / "mine/sweep.json").write_text('{"identity": "of another"}')
+    result = search(small_suite(), asked, fresh=True)
+    assert seen == [{"tree/ab/ab.json", "other/x", "mine/sweep.json", "mine/lock.json"}]
+    assert {trial["status"] for trial in result.trials} == {"waiting"}
+
+
+# -- the same again
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_sharing_and_concurrency_change_no_figure(finished: Finished, tmp_path: Path) -> None:
+    alone = search(small_suite(), config(tmp_path, share=False, concurrent_trials=2, num_workers=2))
+    assert same(alone.table(), finished.result.table())
+    curves = [[trial["curve"] for trial in r.trials] for r in (alone, finished.result)]
+    assert curves[0] == curves[1]
+    assert alone.summary["methods"] == finished.result.summary["methods"]
+    stages, shared = alone.summary["stages"], finished.result.summary["stages"]
+    assert stages["logical"] == shared["logical"] == stages["executed"]
+    assert stages["distinct"] == shared["distinct"] >= shared["executed"]
+    assert not (tmp_path / "tree").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_time_is_up_and_the_same_call_goes_on(finished: Finished, tmp_path: Path) -> None:
+    stopped = search(small_suite(), config(tmp_path), max_minutes=0.01)
+    assert stopped.sweep["state"] == "interrupted" and not stopped.summary
+    assert {trial["status"] for trial in stopped.trials} == {"waiting"}
+    assert same(search(small_suite(), config(tmp_path)).table(), finished.result.table())
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_failed_trial_is_reported_and_tried_again(finished: Finished, tmp_path: Path) -> None:
+    first, second = finished.result.table()["trial"]
+    obstacle = tmp_path / finished.result.name / "trials" / first / "policy"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("a file where the trial wants a folder")
+    result = search(small_suite(), config(tmp_path))
+    assert [trial["name"] for trial in result.failures] == [first]
+    assert "must be written under" in result.failures[0]["error"]
+    assert result.sweep["state"] == "failed" and result.best_trial == second
+    assert result.summary["n_failed"] == 1 and result.summary["methods"]["policy"]
+    obstacle.unlink()
+    again = search(small_suite(), config(tmp_path))
+    assert again.finished and same(again.table(), finished.result.table())
+
+
+# -- other suites and operations
+
+
+class Shrink(Operation):
+    """Halves the acting level's weights."""
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        return (level,)
+
+    def run(self, session: StageSession) -> None:
+        for parameter in session.parameters().values():
+            parameter.data.mul_(0.5)
+
+
+class Broken(Operation):
+    """Fails whenever it is carried out."""
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        return (level,)
+
+    def run(self, session: StageSession) -> None:
+        raise RuntimeError("no such luck")
+
+
+def regression_suite() -> Suite:
+    rng = torch.Generator().manual_seed(0)
+    weights = torch.randn(5, 1, generator=rng)
+    mse = Metric(name="mse", function=F.mse_loss, higher_is_better=False)
+
+    def task(name: str, slope: float) -> Task:
+        x = torch.randn(48, 5, generator=rng)
+        data = (x, slope * (x @ weights))
+        return Task(name=name, train=data, val=data, test=data, loss=F.mse_loss, metric=mse)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    return Suite(
+        name="slopes",
+        model=model,
+        levels={"low": ["0"], "head": ["2"]},
+        train_tasks=[task("a", 1.0), task("b", -1.0)],
+        val_tasks=[task("c", 0.5)],
+        test_tasks=[task("d", 2.0)],
+    )
+
+
+class Lines:
+    """Progress that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        return
+
+    def update(self, done: int | None = None, **counters: float) -> None:
+        return
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_own_operations_one_that_fails_and_a_metric_of_which_less_is_better(
+    tmp_path: Path,
+) -> None:
+    operations = (
+        Train(name="train", learning_rate=1e-2, steps=4, batch_size=16),
+        Shrink(name="shrink"),
+        Broken(name="broken"),
+        Skip(),
+        Stop(),
+    )
+    progress = Lines()
+    result = search(regression_suite(), config(tmp_path), operations=operations, progress=progress)
+    assert result.finished
+    table = result.table()
+    judged = -table["metric"] - 0.02 * table["cost"] - 0.002 * table["switches"]
+    pd.testing.assert_series_equal(judged, table["utility"], check_names=False)
+    assert result.best_trial == table.loc[table["utility"].idxmax(), "trial"]
+    start = result.summary["methods"]["policy"]["metric_mean"]
+    assert start > 0
+    # the operation that raises is a stage that diverged: counted, said, and never an end
+    assert result.summary["stages"]["failed"] > 0
+    assert any("RuntimeError: no such luck" in line for line in progress.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_replaying_what_is_not_there_fails_with_a_clear_line(tmp_path: Path) -> None:
+    result = search(small_suite(), config(tmp_path, replay_only=True))
+    assert len(result.failures) == 2 and not result.summary
+    assert "every stage must be in the tree when replaying" in result.failures[0]["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_filled_tree_serves_any_weights_without_new_stages(tmp_path: Path) -> None:
+    few = {"horizon": 1, "judge_replicas": 1}
+    filled = search(small_suite(), config(tmp_path, prefill=1, **few))
+    n_files = len(list((tmp_path / "tree").rglob("*.json")))
+    other = config(tmp_path, gamma=(0.5,), prefill=1, replay_only=True, **few)
+    replayed = search(small_suite(), other)
+    assert filled.finished and replayed.finished and replayed.name != filled.name
+    assert replayed.summary["stages"]["executed"] == 0
+    assert len(list((tmp_path / "tree").rglob("*.json"))) == n_files
+
+
+# -- as a user starts it
+
+
+class Launched:
+    """A sweep in a process of its own; knows all processes that come from it."""
+
+    def __init__(self, words: list[str], folder: Path, **environment: str) -> None:
+        self._mark = f"RLHF_RAY_TEST={uuid.uuid4().hex}".encode()
+        name, value = self._mark.decode().split("=")
+        self.log = folder / f"{value}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                words,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**os.environ, **environment, name: value, "PYTHONUNBUFFERED": "1"},
+                # not ignored, as it is by what a shell runs in the background
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    def family(self) -> list[int]:
+        """Ids of the processes that live, Ray's among them."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                alive = ") Z " not in (folder / "stat").read_text()
+                if alive and self._mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < end, self.log.read_text()[-2000:]
+            assert self.process.poll() is None, self.log.read_text()[-2000:]
+            time.sleep(0.05)
+
+    def ends(self, timeout_s: float = 300.0, *, family_s: float = 30.0) -> int:
+        """Waits for the exit status, and for the last of the family."""
+        status = self.process.wait(timeout_s)
+        end = time.monotonic() + family_s
+        while self.family():
+            assert time.monotonic() < end, f"left behind: {self.family()}"
+            time.sleep(0.2)
+        return status
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    started: list[Launched] = []
+
+    def launch(words: list[str], **environment: str) -> Launched:
+        started.append(Launched(words, tmp_path, **environment))
+        return started[-1]
+
+    yield launch
+    for one in started:
+        for pid in one.family():
+            os.kill(pid, signal.SIGKILL)
+
+
+def stages_in(tree: Path) -> set[str]:
+    """Keys of the committed stages (not: of starts, of test figures)."""
+    storage = TreeStore(open_storage(tree.parent))
+    outcomes = [storage.get(file.stem) for file in tree.rglob("*.json")]
+    return {o.key for o in outcomes if o is not None and o.kind == "stage" and not o.descriptors}
+
+
+def executed(folder: Path) -> int:
+    """Stages that the trials which ended well carried out."""
+    records = [json.loads(file.read_text()) for file in folder.glob("trials/*/trial.json")]
+    return sum(record["stages"]["executed"] for record in records)
+
+
+SUITE = """
+import torch
+from torch import nn
+import rlhf_ray as rr
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.low, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.low(x)))
+
+
+def score(outputs, targets):
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+def make():
+    torch.manual_seed(0)
+    x = torch.randn(32, 4)
+    data = (x, x[:, :3].argmax(1))
+    tasks = [rr.Task(name=n, train=data, val=data, test=data, metric=score) for n in "abc"]
+    return rr.Suite(
+        name="own", model=Net(), levels={"low": ["low"], "head": ["head"]},
+        train_tasks=tasks[:1], val_tasks=tasks[1:2], test_tasks=tasks[2:],
+    )
+"""
+
+
+def test_suite_of_a_users_own_module_and_a_relative_storage_path(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "suites.py").write_text(SUITE)
+    words = command("runs/here", "mine.suites:make", "--name", "first")
+    run = launch(words)
+    assert run.ends() == 0, run.log.read_text()
+    result = SearchResult.load(tmp_path / "runs/here/first")
+    assert result.finished and result.summary["suite"] == "own"
+    assert sorted(p.name for p in (tmp_path / "runs/here").iterdir()) == ["first", "tree"]
+    assert "Traceback" not in run.log.read_text()
+
+
+def test_interrupt_ends_all_processes_and_leaves_what_is_done(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    storage = tmp_path / "runs"
+    run = launch(command(str(storage), "sweep_files:small_suite", "--name", "mine"),
+                 PYTHONPATH=str(HERE))  # fmt: skip
+    run.wait_until(lambda: any((storage / "tree").rglob("*.json")))
+    with pytest.raises(InputError, match=f"held by process {run.process.pid}"):
+        search(small_suite(), config(storage, name="mine"))
+    run.process.send_signal(signal.SIGINT)
+    assert run.ends() == 130
+    said = run.log.read_text()
+    assert "this goes on with it: python -m rlhf_ray.launch" in said and "Traceback" not in said
+    assert SearchResult.load(storage / "mine").sweep["state"] == "running"
+    assert not (storage / "mine" / "lock.json").exists()
+
+
+def kill_and_go_on(
+    finished: Finished, launch: Callable[..., Launched], folder: Path, kills: int
+) -> None:
+    """kill -9 of the driver at random instants; then the same command."""
+    draw = random.Random(kills)
+    storage, name = folder / "runs", finished.result.name
+    words = command(str(storage))
+
+    def n_files() -> int:
+        return len(list((storage / "tree").rglob("*.json")))
+
+    for _ in range(kills):
+        wanted = n_files() + draw.randint(1, 12)
+        run = launch(words, PYTHONPATH=str(HERE))
+        run.wait_until(lambda wanted=wanted: n_files() >= wanted)
+        time.sleep(draw.uniform(0, 0.3))
+        run.process.kill()
+        assert run.ends(family_s=120.0) == -signal.SIGKILL  # Ray's monitors look now and then
+    committed, before = stages_in(storage / "tree"), executed(storage / name)
+    contents = {file: file.read_bytes() for file in (storage / "tree").rglob("*.json")}
+    run = launch(words, PYTHONPATH=str(HERE))
+    assert run.ends() == 0, run.log.read_text()
+    result = SearchResult.load(storage / name)
+    assert same(result.table(), finished.result.table())
+    assert result.summary["methods"] == finished.result.summary["methods"]
+    new = stages_in(storage / "tree") - committed
+    n_executed = executed(storage / name) - before
+    assert n_executed + result.summary["stages_of_comparison"]["executed"] == len(new)
+    assert all(file.read_bytes() == content for file, content in contents.items())
+
+
+def test_killed_driver_loses_nothing_committed(
+    finished: Finished, launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    kill_and_go_on(finished, launch, tmp_path, kills=1)
+
+
+@pytest.mark.slow
+def test_driver_killed_again_and_again_loses_nothing_committed(
+    finished: Finished, launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    kill_and_go_on(finished, launch, tmp_path, kills=4)
