@@ -38,6 +38,8 @@ class ApplyOptions:
         output: file for the tuned weights (safetensors: the model's state dict); an existing one
             is replaced; without it nothing is saved.
         replica: seed of the batches drawn, >= 0; the same seed gives the same weights.
+        search_stages: stages to try beyond the policy's own, >= 0: its values guide a search, and
+            the best val metric met is returned.
         device: where to train; auto: CUDA where there is a device.
         storage_path: pretrained weights of built-in suites are kept here, as by the launch command.
         json: print the result as JSON on stdout, everything else on stderr.
@@ -48,6 +50,7 @@ class ApplyOptions:
     task: str
     output: str | None = None
     replica: int = 0
+    search_stages: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     storage_path: str = "./rlhf_runs"
     json: bool = False
@@ -56,6 +59,10 @@ class ApplyOptions:
     def __post_init__(self) -> None:
         if self.replica < 0:
             raise InputError(f"replica must be at least 0, got replica={self.replica}.")
+        if self.search_stages < 0:
+            raise InputError(
+                f"search_stages must be at least 0, got search_stages={self.search_stages}."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +109,7 @@ def _finetune(
         task,
         policy,
         replica=options.replica,
+        search_stages=options.search_stages,
         device=options.device,
     )
     _show(terminal, tuned, policy, _metric_name(task))
@@ -115,7 +123,8 @@ def _show(terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str)
     from rlhf_ray.commands.tables import trace_table
 
     unit = "seconds" if policy.metadata["process"]["cost"] == "seconds" else "full stages"
-    figures = {"start_metric": tuned.start_metric, "cost": tuned.cost, "unit": unit}
+    own_cost = tuned.cost - tuned.search_cost
+    figures = {"start_metric": tuned.start_metric, "cost": own_cost, "unit": unit}
     terminal.show("")
     terminal.show(trace_table(tuned.trace, metric=metric, **figures))
     terminal.show("")
@@ -123,6 +132,7 @@ def _show(terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str)
         f"val {metric} {tuned.start_metric:.3f} -> {tuned.val_metric:.3f}, "
         f"test {metric} {tuned.start_test_metric:.3f} -> {tuned.test_metric:.3f}, "
         f"cost {tuned.cost:.2f} {unit}, {tuned.switches} switches"
+        + (f"; searching off this way took {tuned.search_cost:.2f}" if tuned.search_cost else "")
     )
     if unit == "full stages":
         terminal.message(
@@ -144,6 +154,8 @@ def _answer(
         "start_test_metric": tuned.start_test_metric,
         "test_metric": tuned.test_metric,
         "cost": tuned.cost,
+        "search_cost": tuned.search_cost,
+        "stages": tuned.stages,
         "switches": tuned.switches,
         "trace": [dict(step) for step in tuned.trace],
         "output": str(output) if output else None,
@@ -155,7 +167,7 @@ def _answer(
 
 def _flag_groups() -> dict[str, list[Flag]]:
     flags = command_line.flags_of(ApplyOptions)
-    own = ("policy", "task", "replica", "device")
+    own = ("policy", "task", "replica", "search_stages", "device")
     return {
         "task": [flags[name] for name in own],
         "suite": list(command_line.flags_of(SuiteOptions).values()),

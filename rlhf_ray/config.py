@@ -39,8 +39,7 @@ class SearchConfig:
 
     Attributes:
         gamma: discount per stage, in [0, 1]; one or more values to sweep.
-        epsilon: final share of random actions, in [0, 1]; 1 over the first quarter of the
-            episodes, then falls linearly over the second; one or more values to sweep. "ppo" has
+        epsilon: final share of random actions, in [0, 1]; one or more values to sweep. "ppo" has
             none: it samples, and the RLlib setting entropy_coeff says how random it stays.
         tuning_cost_weight: reward taken per full stage of tuning cost, >= 0; one or more values.
         switch_cost_weight: reward taken per level of distance handed over, >= 0; one or more.
@@ -50,6 +49,12 @@ class SearchConfig:
             "tabular" and "prefix".
         alpha: step size of "q-learning", in (0, 1].
         episodes: episodes per trial, >= 1.
+        warm_up: part of the episodes, from the first, over which epsilon is 1, in
+            [0, decay_fraction]. All trials have these in common: their stages are carried out once.
+        decay_fraction: part of the episodes after which epsilon has fallen linearly from 1 to its
+            final value, in [0, 1].
+        explore_by: "episode": an episode is random altogether, with probability epsilon, or greedy
+            altogether, so that trials share what they explore; "step": drawn for every step.
         horizon: stages per episode at most, >= 1.
         budget: tuning cost per episode after which no stage is begun, full stages, > 0.
         seed: of the sweep: exploration, tasks drawn, networks; >= 0.
@@ -97,7 +102,10 @@ class SearchConfig:
     num_samples: int | None = None
     algorithm: str = "dqn"
     alpha: float = 0.1
-    episodes: int = 32
+    episodes: int = 128
+    warm_up: float = 0.85
+    decay_fraction: float = 0.85
+    explore_by: Literal["episode", "step"] = "episode"
     horizon: int = 5
     budget: float | None = None
     seed: int = 0
@@ -290,6 +298,12 @@ def _check(config: SearchConfig) -> None:
         raise InputError(
             f"epsilon must be left out for {config.algorithm}, got epsilon={config.epsilon}: it "
             "samples its actions. Say how random they stay with --rllib entropy_coeff=0.05."
+        )
+    warm_up, decay_fraction = _number(config, "warm_up"), _number(config, "decay_fraction")
+    if not 0 <= (warm_up or 0) <= (decay_fraction or 0) <= 1:
+        raise InputError(
+            "0 <= warm_up <= decay_fraction <= 1 must hold, got "
+            f"warm_up={warm_up}, decay_fraction={decay_fraction}. Give both."
         )
     if not 0 < config.alpha <= 1:
         raise InputError(f"alpha must lie in (0, 1], got alpha={config.alpha}.")

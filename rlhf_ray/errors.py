@@ -26,6 +26,10 @@ class FailedStageError(StageError):
     """
 
 
+class LostProcessError(RlhfRayError, RuntimeError):
+    """A process that a trial needs was lost with its node, or killed: the trial starts again."""
+
+
 class StorageError(RlhfRayError, RuntimeError):
     """What lies under the storage path cannot be read or written as it should."""
 

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "suite": tuple(f.name for f in dataclasses.fields(SuiteOptions)),
     "sweep": (
         "gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight", "num_samples",
-        "algorithm", "alpha", "episodes", "seed", "replicas", "rllib",
+        "algorithm", "alpha", "episodes", "warm_up", "decay_fraction", "explore_by", "seed",
+        "replicas", "rllib",
     ),
     "episode": (
         "horizon", "budget", "performance", "cost", "start", "observation", "only_operations",
@@ -88,24 +89,42 @@ class LaunchOptions:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+def main(
+    argv: Sequence[str] | None = None, *, on_sweep: Callable[[str], object] | None = None
+) -> int:
+    """Runs the command; returns its exit status.
+
+    Args:
+        argv: the arguments; None: those of the process.
+        on_sweep: told the sweep's folder before it runs.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     stopped = f"interrupted. What is done is kept; this goes on with it: {_again(arguments)}"
-    return command_line.run(lambda: _launch(arguments), on_interrupt=stopped)
+    return command_line.run(lambda: _launch(arguments, on_sweep), on_interrupt=stopped)
 
 
-def _launch(arguments: list[str]) -> int:
+def read_flags(arguments: Sequence[str]) -> tuple[LaunchOptions, SuiteOptions, SearchConfig]:
+    """What the arguments ask for.
+
+    Raises:
+        InputError: they cannot be worked with.
+    """
     values = command_line.parse(
         arguments, prog=PROG, description=DESCRIPTION, groups=_flag_groups()
     )
     values["rllib"] = _as_mapping(values["rllib"])
-    options = command_line.pick(LaunchOptions, values)
+    return (
+        command_line.pick(LaunchOptions, values),
+        command_line.pick(SuiteOptions, values),
+        command_line.pick(SearchConfig, values),
+    )
+
+
+def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> int:
+    options, suite_options, config = read_flags(arguments)
     if options.version:
         print(_versions())
         return OK
-    suite_options = command_line.pick(SuiteOptions, values)
-    config = command_line.pick(SearchConfig, values)
     stdout = sys.stdout
     with contextlib.ExitStack() as stack:
         if options.json:  # what suites or libraries print must not come between
@@ -116,7 +135,8 @@ def _launch(arguments: list[str]) -> int:
         elif options.dry_run:
             answer, status = _dry_run(suite_options, config, terminal), OK
         else:
-            answer, status = _search(options, suite_options, config, terminal, _again(arguments))
+            again = _again(arguments)
+            answer, status = _search(options, suite_options, config, terminal, again, on_sweep)
     if options.json:
         stdout.write(json.dumps(answer, indent=1) + "\n")
     return status
@@ -170,6 +190,7 @@ def _search(
     config: SearchConfig,
     terminal: Terminal,
     again: str,
+    on_sweep: Callable[[str], object] | None,
 ) -> tuple[dict[str, Any], int]:
     _check_storage(config.storage_path)
     terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
@@ -180,6 +201,8 @@ def _search(
     planned = plan(suite, config)
     finished = planned.state == "finished" and not options.fresh
     _show_header(terminal, suite, config, planned)
+    if on_sweep is not None:
+        on_sweep(planned.directory)
     if finished:
         terminal.message("This sweep is finished: shown again, not run (--fresh starts it over).")
     result = search(

@@ -13,11 +13,25 @@ from ray._private import ray_constants
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
+from rlhf_ray.placement import (
+    Needs,
+    Nodes,
+    fitting,
+    total,
+    trial_room,
+    wanted_workers,
+    worker_room,
+)
+from rlhf_ray.progress import NO_PROGRESS, Progress
+from rlhf_ray.shared_storage import check_shared
 from rlhf_ray.tasks import Suite
-from rlhf_ray.tree.workers import StagesHandle, start_workers
+from rlhf_ray.tree.workers import StagesHandle, node_resources, start_workers
 
 TRIAL_CPUS = 0.5
 """What Ray reserves for a trial: it waits for stages most of the time."""
+
+PATIENCE_S = 600.0
+"""How long a sweep waits for a node with room for a worker: one that starts may take minutes."""
 
 
 def n_cores() -> int:
@@ -64,9 +78,22 @@ def running_ray(config: SearchConfig) -> Iterator[None]:
                 **quiet,
             )
     try:
+        if not address:
+            _check_gpus(config)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_gpus(config: SearchConfig) -> None:
+    """A local Ray never grows: what it does not have is not waited for."""
+    nodes = node_resources()
+    if config.gpus_per_worker and not worker_room(nodes, needs(config), trials=1):
+        raise InputError(
+            "gpus_per_worker must be what this machine has, got gpus_per_worker="
+            f"{config.gpus_per_worker:g} with {total(nodes, 'GPU'):g} GPUs. Leave it out, or give "
+            "--address of a cluster."
+        )
 
 
 @contextmanager
@@ -92,27 +119,75 @@ def _local_workers(config: SearchConfig) -> int:
     return n_cores() if config.num_workers == "auto" else config.num_workers
 
 
-def n_workers(config: SearchConfig) -> int:
-    """How many workers the running Ray is asked for: as many as fit beside the trials."""
-    if config.num_workers != "auto":
-        return config.num_workers
-    there = ray.cluster_resources()
-    if config.gpus_per_worker > 0:
-        return max(1, math.floor(there.get("GPU", 0.0) / config.gpus_per_worker))
-    left = there.get("CPU", 1.0) - concurrent_trials(config) * TRIAL_CPUS
-    return max(1, math.floor(left / config.cpus_per_worker))
+def needs(config: SearchConfig) -> Needs:
+    """What workers and trials reserve on the running Ray: less CPUs where it is too small.
+
+    Raises:
+        InputError: a share of GPUs that cannot be had.
+    """
+    asked = Needs(
+        worker_cpus=config.cpus_per_worker,
+        worker_gpus=config.gpus_per_worker,
+        trial_cpus=TRIAL_CPUS * (1 + config.env_runners),
+        trials=concurrent_trials(config),
+    )
+    return fitting(node_resources(), asked)
 
 
-def stage_workers(suite: Suite, config: SearchConfig) -> StagesHandle:
-    """Starts the workers of a suite and the tree's actor on the running Ray."""
+def stage_workers(
+    suite: Suite,
+    config: SearchConfig,
+    progress: Progress = NO_PROGRESS,
+    *,
+    patience_s: float | None = None,
+) -> StagesHandle:
+    """Starts the workers of a suite and the tree's actor on the running Ray.
+
+    Their number follows the cluster: as many as asked for, or as fit beside the trials ("auto").
+
+    Args:
+        suite: what they work on.
+        config: of the search.
+        progress: told what is waited for, and what there is less of than was asked for.
+        patience_s: how long to wait for room for a first worker; None: `PATIENCE_S`.
+
+    Raises:
+        InputError: the storage path is not shared by all nodes; no room for a worker.
+    """
+    check_shared(config.storage_path)
+    reserved = needs(config)
+    asked = None if config.num_workers == "auto" else config.num_workers
+    for line in shortages(node_resources(), reserved, config):
+        progress.message(line)
     return start_workers(
         functools.partial(Engine, suite, config.engine_settings()),
         config.storage_path,
-        num_workers=n_workers(config),
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
+        num_workers=functools.partial(wanted_workers, needs=reserved, asked=asked),
+        cpus_per_worker=reserved.worker_cpus,
+        gpus_per_worker=reserved.worker_gpus,
         share=config.share,
         replay_only=config.replay_only,
         max_weight_bytes=int(config.weights_gb * 2**30),
         memory_bytes=int(config.cache_gb * 2**30),
+        patience_s=PATIENCE_S if patience_s is None else patience_s,
+        progress=progress,
     )
+
+
+def shortages(nodes: Nodes, reserved: Needs, config: SearchConfig) -> list[str]:
+    """What there will be less of than was asked for, a line each."""
+    lines = []
+    there = f"the cluster has {total(nodes, 'CPU'):g} CPUs and {total(nodes, 'GPU'):g} GPUs"
+    if reserved.worker_cpus < config.cpus_per_worker:
+        lines.append(
+            f"{there}: a worker reserves {reserved.worker_cpus:g} CPUs instead of "
+            f"{config.cpus_per_worker:g}, a trial {reserved.trial_cpus:g}"
+        )
+    asked = None if config.num_workers == "auto" else config.num_workers
+    n_workers = wanted_workers(nodes, reserved, asked)
+    if asked is not None and n_workers < asked:
+        lines.append(f"{there}: {n_workers} workers instead of {asked}; more when it grows")
+    n_trials = trial_room(nodes, reserved, n_workers)
+    if worker_room(nodes, reserved, trials=1) and n_trials < reserved.trials:
+        lines.append(f"{there}: {n_trials} trials at once instead of {reserved.trials}")
+    return lines

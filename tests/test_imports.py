@@ -10,8 +10,9 @@ import rlhf_ray
 ROOT = Path(rlhf_ray.__file__).parent
 
 RAY_MODULES = {
-    "cluster_metrics", "env", "ray_session", "sweep.search", "sweep.trial", "sweep.tuning",
-    "tensorboard", "tree.actor", "tree.workers",
+    "cluster_metrics", "env", "ray_session", "shared_storage", "submission.cluster",
+    "sweep.search", "sweep.trial", "sweep.tuning", "tensorboard", "tree.actor", "tree.client",
+    "tree.dispatch", "tree.stage_worker", "tree.workers",
 }  # fmt: skip
 """May import Ray, or one another, when they are imported; so may the algorithms, but for those:"""
 
@@ -105,11 +106,14 @@ def stays_out(package: str, modules: list[str]) -> None:
 
 def test_what_needs_no_ray_does_not_import_it() -> None:
     names = (
-        "", "policies.policy", "policies.finetuning", "sweep.results", "launch", "apply", "suites",
-        "evaluation.baselines",
+        "", "policies.policy", "policies.finetuning", "sweep.results", "launch", "apply", "submit",
+        "suites", "evaluation.baselines",
     )  # fmt: skip
     stays_out("ray", [f"rlhf_ray.{name}".rstrip(".") for name in names])
 
 
 def test_commands_answer_before_torch_is_imported() -> None:
-    stays_out("torch", ["rlhf_ray", "rlhf_ray.config", "rlhf_ray.launch", "rlhf_ray.apply"])
+    stays_out(
+        "torch",
+        ["rlhf_ray", "rlhf_ray.config", "rlhf_ray.launch", "rlhf_ray.apply", "rlhf_ray.submit"],
+    )

@@ -207,8 +207,8 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
         observation: Any = slot.episode.agent_episodes[level].get_observations(-1)
         step = len(slot.episode)
         mask_A = observation["action_mask"]
-        prefix = self.config.settings.explore_first
-        action = exploring_action(seed, slot.number, step, mask_A, epsilon, prefix=prefix)
+        by = self.config.settings.explore_by
+        action = exploring_action(seed, slot.number, step, mask_A, epsilon, by=by)
         if action is not None:
             return action
         sampled = self.config.samples_actions and slot.episode.custom_data["explore"]

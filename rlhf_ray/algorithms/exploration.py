@@ -5,9 +5,13 @@ in epsilon, gamma or weights meet the same draws, so they share stages and diffe
 Where a policy is itself random (actor-critic), the noise it is sampled with is drawn that way.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from rlhf_ray.digests import derive_seed
+
+ExploreBy = Literal["step", "episode"]
 
 
 def epsilon_at(
@@ -35,7 +39,13 @@ def epsilon_at(
 
 
 def exploring_action(
-    seed: int, episode: int, step: int, mask_A: np.ndarray, epsilon: float, *, prefix: bool = False
+    seed: int,
+    episode: int,
+    step: int,
+    mask_A: np.ndarray,
+    epsilon: float,
+    *,
+    by: ExploreBy = "step",
 ) -> int | None:
     """The random action of this step, or None to act greedily.
 
@@ -45,17 +55,15 @@ def exploring_action(
         step: number of the step in it.
         mask_A: non-zero where an action is valid; at least one is.
         epsilon: probability of a random action.
-        prefix: explore only as long as every step before did: an episode is a random beginning,
-            which all trials have in common, and a greedy end.
+        by: "step": draw for every step whether it explores; "episode": for all its steps at once.
 
     Returns:
         A valid action or None. A larger epsilon only adds steps at which it is not None.
     """
-    earlier = range(step) if prefix else ()
-    if any(exploring_action(seed, episode, s, mask_A, epsilon) is None for s in earlier):
-        return None
     generator = np.random.default_rng(derive_seed(seed, "explore", episode, step))
     coin, which = generator.random(2)
+    if by == "episode":
+        coin = np.random.default_rng(derive_seed(seed, "explore", episode)).random()
     if coin >= epsilon:
         return None
     valid = np.flatnonzero(mask_A)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from rlhf_ray.algorithms.exploration import ExploreBy
 from rlhf_ray.errors import InputError
 from rlhf_ray.policies.networks import EncoderKind
 
@@ -21,8 +22,8 @@ class AlgorithmSettings:
         decay_fraction: part of the trial after which epsilon has fallen to its final value,
             linearly, in [0, 1].
         warm_up: part of the trial before epsilon begins to fall, in [0, `decay_fraction`].
-        explore_first: an episode explores in its first steps only, and is greedy from the first
-            step on that is. Trials of a sweep then share what they explore.
+        explore_by: "step": each step explores or does not; "episode": an episode is random
+            altogether or greedy altogether. Trials then have all that they explore in common.
         episodes_per_iteration: episodes per call of `train()`, >= 1; the weights stay as they are
             while they are played. None: the algorithm's own (`completed`).
         learning_rate: Adam's at the start, > 0; it falls linearly to a tenth over the trial. None:
@@ -50,7 +51,7 @@ class AlgorithmSettings:
     seed: int
     decay_fraction: float = 0.5
     warm_up: float = 0.0
-    explore_first: bool = False
+    explore_by: ExploreBy = "step"
     episodes_per_iteration: int | None = None
     learning_rate: float | None = None
     batch_size: int = 64

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.levels import LevelSplit
 
 Moments = list[tuple[Tensor, Tensor]]
@@ -28,8 +29,9 @@ def gradient_norms(
     for parameter in every:
         parameter.requires_grad_(True)
     try:
-        value = loss()
-        gradients = iter(torch.autograd.grad(value, every, allow_unused=True))
+        with differentiable_recurrence(model):
+            value = loss()
+            gradients = iter(torch.autograd.grad(value, every, allow_unused=True))
     finally:
         for parameter in every:
             parameter.requires_grad_(False)

@@ -25,7 +25,11 @@ Load = Callable[[str, int], LevelState]
 """(version, level) -> that level's state as the stage `version` left it."""
 
 CHUNK = 512
-"""Examples per forward pass of an evaluation or a cache fill."""
+"""Examples per forward pass of an evaluation or a cache fill, at most."""
+
+CPU_CHUNK = 128
+"""The same on a CPU for splits larger than `CHUNK`: activations that stay in the processor's cache
+made forward passes of the built-in suites' CNN 1.6 times as fast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,7 @@ class LoadedModel:
         self.model = copy.deepcopy(suite.model).to(self.device).eval().requires_grad_(False)
         example = map_inputs(lambda value: value[:4], suite.train_tasks[0].train[0])
         self._channels_last = settings.channels_last and self._takes_channels_last(example)
+        self.parameters = dict(self.model.named_parameters())
         self.state = dict(self.model.state_dict(keep_vars=True))
         self._pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
@@ -193,12 +198,13 @@ class LoadedModel:
         return found
 
     def chunks(self, values: Values, n: int, boundary: int) -> Iterator[Values]:
-        """A split's values in pieces of at most `CHUNK` examples."""
+        """A split's values whole, or beyond `CHUNK` examples in pieces."""
         if n <= CHUNK:
             yield values
             return
-        for first in range(0, n, CHUNK):
-            index = torch.arange(first, min(first + CHUNK, n), device=self.device)
+        size = CPU_CHUNK if self.device.type == "cpu" else CHUNK
+        for first in range(0, n, size):
+            index = torch.arange(first, min(first + size, n), device=self.device)
             yield self.plan.take(values, index, boundary)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -206,6 +212,12 @@ class LoadedModel:
         if self.settings.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+    def output(self, values: Values, start: int) -> Tensor:
+        """The model's output from the values at a boundary: half precision ends before the loss."""
+        with self.autocast():
+            output = self.plan.output(values, start)
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
     def _measure(self, example: Inputs) -> list[float]:
         """Bytes of one example's values at every usable boundary; infinite at the others."""
@@ -243,8 +255,8 @@ class LoadedModel:
         last = self.plan.nearest(self.split.n_levels - 1)
         start = (0, data.values) if fresh or not keep else self._kept(task, data, versions, last)
         parts = self._advance(task, data, versions, start, last, keep=keep)
-        with torch.no_grad(), self.autocast():
-            return torch.cat([self.plan.output(values, last) for values in parts])
+        with torch.no_grad():
+            return torch.cat([self.output(values, last) for values in parts])
 
     def train_source(
         self, task: Task, versions: tuple[str, ...], boundary: int, n_drawn: int
@@ -259,9 +271,12 @@ class LoadedModel:
         if boundary == 0:
             return lambda index: self.plan.take(data.values, index, 0)
         if data.n <= n_drawn and self._fits(boundary, data.n):
-            start = self._kept(task, data, versions, boundary)
-            parts = list(self._advance(task, data, versions, start, boundary))
-            values = parts[0] if len(parts) == 1 else self.plan.join(parts, boundary)
+            at, values = self._kept(task, data, versions, boundary)
+            if at < boundary:
+                for _ in self._advance(task, data, versions, (at, values), boundary):
+                    pass  # what is passed is kept
+                at, values = self._kept(task, data, versions, boundary)
+            assert at == boundary
             return lambda index: self.plan.take(values, index, boundary)
 
         def stream(index: Tensor) -> Values:

@@ -21,6 +21,7 @@ from rlhf_ray.engine.boundaries import (
     observe,
     select,
 )
+from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.engine.replay import Call, Replay
 from rlhf_ray.engine.tracing import Traced
 from rlhf_ray.errors import InputError
@@ -175,7 +176,7 @@ def plan_segments(model: nn.Module, split: LevelSplit, example: Inputs) -> Segme
     index = torch.arange(_MANY) % n_examples(example)
     many = map_inputs(lambda value: value[index.to(value.device)], example)
     call = _caller(model, example)
-    with _undisturbed(model), torch.no_grad():
+    with _undisturbed(model), differentiable_recurrence(model), torch.no_grad():
         best = plain = _plain_plan(model, split, many, call)
         reasons: dict[str, None] = {}
         builders: tuple[Callable[[], _Mechanism], ...] = (

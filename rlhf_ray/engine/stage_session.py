@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.loaded_model import Load, LoadedModel
+from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.engine.training import (
     batch_order,
     load_optimizer_state,
@@ -46,7 +47,7 @@ class Session:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the session's levels by full name."""
         names = [n for level in self.levels for n in self._loaded.split.parameters[level]]
-        found = dict(self._loaded.model.named_parameters(remove_duplicate=True))
+        found = self._loaded.parameters
         return {name: found[name] for name in names if name in found}
 
     def charge(self, flops: float) -> None:
@@ -64,10 +65,9 @@ class Session:
         parameters = self.parameters()
 
         def forward(index: Tensor) -> Tensor:
-            with loaded.autocast():
-                return loaded.plan.output(take(index), boundary)
+            return loaded.output(take(index), boundary)
 
-        with _training(loaded.model, self._modules(), parameters):
+        with _training(self._modules(), parameters), differentiable_recurrence(loaded.model):
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
             )
@@ -76,7 +76,13 @@ class Session:
             losses = train_steps(
                 settings,
                 optimizer=optimizer,
-                batches=batch_order(data.n, settings.steps, settings.batch_size, self.generator),
+                batches=batch_order(
+                    data.n,
+                    settings.steps,
+                    settings.batch_size,
+                    self.generator,
+                    device=loaded.device,
+                ),
                 forward=forward,
                 loss=self.task.loss,
                 targets=data.targets,
@@ -90,13 +96,17 @@ class Session:
         """Runs an operation with the stage's own seed for everything drawn by modules (dropout)."""
         devices = [self._loaded.device] if self._loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._seed)
+            # not torch.manual_seed: it notes a traceback for every kind of device that is not there
+            torch.default_generator.manual_seed(self._seed)
+            if devices:
+                torch.cuda.manual_seed(self._seed)
             operation.run(self)
 
     def healthy(self) -> bool:
         """Whether losses and weights are finite."""
         values = [*self._losses, *(p.detach() for p in self.parameters().values())]
-        return all(bool(torch.isfinite(value).all()) for value in values)
+        # one answer for all: each that is read holds a GPU up
+        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
 
     def train_loss(self) -> float:
         """Mean over the second half of the steps; the parent's where nothing was trained."""
@@ -111,7 +121,7 @@ class Session:
         return {
             level: LevelState(
                 weights={
-                    name: loaded.state[name].detach().cpu().clone()
+                    name: loaded.state[name].detach().to("cpu", copy=True)
                     for name in loaded.split.state[level]
                 },
                 optimizer={
@@ -143,29 +153,14 @@ class Session:
         scales = zip(self.levels, settings.level_scales, strict=True)
         return {name: scale for level, scale in scales for name in names[level]}
 
-    def _groups(
-        self, settings: Train, parameters: dict[str, nn.Parameter]
-    ) -> list[tuple[float, list[nn.Parameter]]]:
-        """(learning rate, parameters) of each level."""
-        scales = settings.level_scales or (1.0,) * self._loaded.split.n_levels
-        return [
-            (
-                settings.learning_rate * scales[level],
-                [parameters[n] for n in self._loaded.split.parameters[level] if n in parameters],
-            )
-            for level in self.levels
-        ]
-
     def _modules(self) -> list[nn.Module]:
         names = [name for level in self.levels for name in self._loaded.split.modules[level]]
         return [self._loaded.model.get_submodule(name) for name in names]
 
 
 @contextlib.contextmanager
-def _training(
-    model: nn.Module, modules: list[nn.Module], parameters: dict[str, nn.Parameter]
-) -> Iterator[None]:
-    """Trained levels in train mode with gradients, everything else in eval mode without."""
+def _training(modules: list[nn.Module], parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Trained levels in train mode with gradients; before and after, in eval mode without."""
     for module in modules:
         module.train()
     for parameter in parameters.values():
@@ -173,6 +168,7 @@ def _training(
     try:
         yield
     finally:
-        model.eval()
+        for module in modules:
+            module.eval()
         for parameter in parameters.values():
             parameter.requires_grad_(False)

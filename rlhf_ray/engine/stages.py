@@ -4,6 +4,7 @@ A stage trains some levels from a given model state and evaluates the result on 
 are carried out, where their weights are kept and who waits for them is `stage_tree`'s business.
 """
 
+import functools
 import math
 import time
 
@@ -25,7 +26,6 @@ from rlhf_ray.outcomes import (
     Outcome,
     StageRequest,
 )
-from rlhf_ray.provenance import library_versions
 from rlhf_ray.tasks import Metric, Suite, Task, input_tensors, n_examples
 
 
@@ -96,7 +96,7 @@ class Engine:
                 "gradient_norm": gradient,
                 **activation_shift(moments(), self.source_moments()),
             },
-            meta=self._meta(),
+            meta=self._meta,
         )
 
     def run(
@@ -143,7 +143,7 @@ class Engine:
             flops=_flops(self._ledger(request), session.charged),
             time_s=time.perf_counter() - began,
             versions=versions,
-            meta=self._meta(),
+            meta=self._meta,
         )
         return outcome, {} if diverged else session.states()
 
@@ -162,7 +162,7 @@ class Engine:
             loss=loss,
             entropy=entropy,
             time_s=time.perf_counter() - began,
-            meta=self._meta(),
+            meta=self._meta,
         )
 
     def state_dict(self, state: Outcome, load: Load) -> dict[str, Tensor]:
@@ -209,15 +209,14 @@ class Engine:
         generator = torch.Generator().manual_seed(derive_seed("probe", task.digest))
         chosen = torch.randperm(train.n, generator=generator)[: self.settings.probe_size]
         index = chosen.to(self._loaded.device)
-        with self._loaded.autocast():
-            return gradient_norms(
-                self._loaded.model,
-                self._loaded.split,
-                lambda: task.loss(
-                    self.plan.output(self.plan.take(train.values, index, 0), 0),
-                    train.targets[index],
-                ),
-            )
+        return gradient_norms(
+            self._loaded.model,
+            self._loaded.split,
+            lambda: task.loss(
+                self._loaded.output(self.plan.take(train.values, index, 0), 0),
+                train.targets[index],
+            ),
+        )
 
     def source_moments(self) -> Moments | None:
         """Activation moments of the pretrained model on the source data; None without any."""
@@ -229,17 +228,17 @@ class Engine:
             self._source = moments()
         return self._source
 
+    @functools.cached_property
     def _meta(self) -> dict[str, str]:
         device = str(self._loaded.device)
         if self._loaded.device.type == "cuda":
             device = torch.cuda.get_device_name(self._loaded.device)
-        return {"device": device, "torch": library_versions()["torch"]}
+        return {"device": device, "torch": str(torch.__version__)}
 
 
 def _figures(task: Task, outputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
     """Metric, loss and relative predictive entropy of a whole split."""
     assert isinstance(task.metric, Metric)
-    outputs = outputs.float() if outputs.is_floating_point() else outputs
     metric = float(task.metric.function(outputs, targets))
     loss = float(task.loss(outputs, targets))
     entropy = 0.0

@@ -11,7 +11,12 @@ from rlhf_ray.operations import OptimizerName, Train
 
 
 def batch_order(
-    n_train: int, steps: int | None, batch_size: int, generator: torch.Generator
+    n_train: int,
+    steps: int | None,
+    batch_size: int,
+    generator: torch.Generator,
+    *,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor]:
     """Indices of the examples of each step: permutations of the split, one after the other.
 
@@ -20,17 +25,17 @@ def batch_order(
         steps: number of batches; None: the split once, the last batch possibly smaller.
         batch_size: B.
         generator: CPU generator.
+        device: where the indices shall lie; None: on the CPU.
 
     Returns:
         An iterator over int64 tensors (B,).
     """
-    if steps is None:
-        return iter(torch.randperm(n_train, generator=generator).split(batch_size))
-    n_drawn = steps * batch_size
+    n_drawn = n_train if steps is None else steps * batch_size
     rounds = [
         torch.randperm(n_train, generator=generator) for _ in range(math.ceil(n_drawn / n_train))
     ]
-    return iter(torch.cat(rounds)[:n_drawn].split(batch_size))
+    # all at once: a transfer per step would hold every step up
+    return iter(torch.cat(rounds)[:n_drawn].to(device).split(batch_size))
 
 
 def make_optimizer(
@@ -77,7 +82,7 @@ def optimizer_state(
 ) -> dict[str, Tensor]:
     """The optimizer's state as "<slot>/<parameter name>" -> CPU tensor."""
     return {
-        f"{slot}/{name}": value.detach().cpu().clone()
+        f"{slot}/{name}": value.detach().to("cpu", copy=True)
         for name, parameter in parameters.items()
         for slot, value in optimizer.state[parameter].items()
         if isinstance(value, Tensor)
@@ -98,7 +103,7 @@ def train_steps(
     Args:
         settings: of the operation; the caller has set modes and `requires_grad`.
         optimizer: over the trained parameters.
-        batches: example indices (B,) of each step.
+        batches: example indices (B,) of each step, on the device.
         forward: indices -> outputs.
         loss: (outputs, targets) -> scalar.
         targets: of the whole split, on the device.
@@ -108,8 +113,7 @@ def train_steps(
         that steps are not held up by a transfer.
     """
     losses = []
-    for batch in batches:
-        index = batch.to(targets.device)
+    for index in batches:
         optimizer.zero_grad(set_to_none=True)
         value = loss(forward(index), targets[index])
         value.backward()

@@ -1,12 +1,15 @@
-"""`rr.finetune`: a policy fine-tunes one task, at once and without Ray."""
+"""`rr.finetune`: a policy fine-tunes one task, at once or with a short search. No Ray here."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rlhf_ray.config import WITHOUT_EPSILON
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
@@ -16,7 +19,8 @@ from rlhf_ray.operations import Operation, operation_as_json, operations_from_js
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
-from rlhf_ray.process import ProcessSettings, ProcessSpec, State, Step
+from rlhf_ray.policies.searching import Found, best_first
+from rlhf_ray.process import ProcessSettings, ProcessSpec, RewardWeights, State, Step
 from rlhf_ray.tasks import Metric, Suite, Task
 from rlhf_ray.tree.stage_tree import LocalStages
 
@@ -33,7 +37,10 @@ class FineTuned:
         val_metric: val metric of the returned model: the best on the path, the start included.
         test_metric: its test metric; never entered a decision.
         start_test_metric: test metric of the model as it was.
-        cost: tuning cost in full stages: training, evaluations, probes, cache fills.
+        cost: tuning cost in full stages: training, evaluations, probes, cache fills; of everything
+            that was tried, where it searched.
+        search_cost: what of it was tried off the way to the returned model; 0 without a search.
+        stages: stages that were carried out.
         switches: levels of distance handed over.
         trace: one record per step: level, operation, next level, val metric, cost, ...
         run: the same as one record, as reports hold it.
@@ -45,6 +52,8 @@ class FineTuned:
     test_metric: float
     start_test_metric: float
     cost: float
+    search_cost: float
+    stages: int
     switches: int
     trace: tuple[Mapping[str, Any], ...]
     run: Run
@@ -76,11 +85,12 @@ def finetune(
     policy: Policy,
     *,
     replica: int = 0,
+    search_stages: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     operations: Sequence[Operation] | None = None,
     on_step: Callable[[State, Step], None] | None = None,
 ) -> FineTuned:
-    """Fine-tunes one task as a learned policy decides. Needs no Ray.
+    """Fine-tunes one task as a learned policy decides, or searches under its guidance. No Ray.
 
     Args:
         model: the pretrained model; left as it is.
@@ -88,19 +98,25 @@ def finetune(
         task: what to adapt to; decisions use its val split, at most `val_size` examples of it.
         policy: from a search, or `Policy.load(path)`.
         replica: seed of the batches drawn, >= 0. Same replica, same result.
+        search_stages: stages to try beyond those that the policy decides on, >= 0: what its values
+            promise most, anywhere on the way. The best val metric that is met is returned.
         device: "auto", "cpu" or "cuda".
         operations: those the policy was learned with; needed for operations of your own only.
-        on_step: called after each step with the state it led to and its record.
+        on_step: called after each step of the policy's own decisions, not of a search, with the
+            state it led to and its record.
 
     Returns:
         The tuned model with its figures and what was done.
 
     Raises:
         InputError: the policy was made for other levels, operations or features, or the model
-            cannot take the task's data.
+            cannot take the task's data; a search with a policy that has no values.
     """
-    if isinstance(replica, bool) or not isinstance(replica, int) or replica < 0:
-        raise InputError(f"replica must be a whole number >= 0, got replica={replica!r}.")
+    for name, value in {"replica": replica, "search_stages": search_stages}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"{name} must be a whole number >= 0, got {name}={value!r}.")
+    if search_stages:
+        _check_values(policy)
     suite = Suite(
         name="finetune", model=model, levels=levels, train_tasks=[task], val_tasks=[], test_tasks=[]
     )
@@ -114,12 +130,21 @@ def finetune(
     )
     engine = Engine(suite, _engine_settings(process, device), source_moments=policy.source_moments)
     settings = ProcessSettings(
-        **{name: process[name] for name in ("horizon", "performance", "cost", "budget")}
+        **{name: process[name] for name in ("horizon", "performance", "cost", "budget")},
+        weights=_reward_weights(policy) if search_stages else RewardWeights(),
     )
     spec = process_spec(tuple(levels), chosen, engine, task.metric, observer, settings)
     policy.check(spec.levels, [operation_as_json(o) for o in chosen], observer.names(spec))
     stages = LocalStages(engine)
-    state, steps = roll_out(spec, observer, policy.act, stages, task.name, replica, on_step=on_step)
+    if search_stages:
+        found = _searched(spec, observer, policy, stages, task.name, replica, search_stages)
+        state, steps, n_stages = replace(found.state, cost=found.cost), found.steps, found.n_stages
+        search_cost = found.cost - found.state.cost
+    else:
+        state, steps = roll_out(
+            spec, observer, policy.act, stages, task.name, replica, on_step=on_step
+        )
+        n_stages, search_cost = len(state.path), 0.0
     start = replace(state, best_path=())
     run = run_of(spec, METHOD, state, steps, test_metric=report(stages, state))
     best = StageRequest(task=task.name, replica=replica, path=state.best_path)
@@ -130,9 +155,51 @@ def finetune(
         test_metric=known(run.test_metric),
         start_test_metric=report(stages, start),
         cost=run.cost,
+        search_cost=search_cost,
+        stages=n_stages,
         switches=run.switches,
         trace=run.steps,
         run=run,
+    )
+
+
+def _check_values(policy: Policy) -> None:
+    algorithm = policy.metadata["config"]["algorithm"]
+    if algorithm in WITHOUT_EPSILON:
+        raise InputError(
+            "a search must be guided by a policy with values, got one learned by "
+            f"algorithm={algorithm}. Learn one with dqn or q-learning, or leave search_stages out."
+        )
+
+
+def _reward_weights(policy: Policy) -> RewardWeights:
+    """Those the policy was learned under: its values are sums of such rewards."""
+    values = policy.metadata["values"]
+    return RewardWeights(
+        tuning_cost=values["tuning_cost_weight"], switch_cost=values["switch_cost_weight"]
+    )
+
+
+def _searched(
+    spec: ProcessSpec,
+    observer: Observer,
+    policy: Policy,
+    stages: LocalStages,
+    task: str,
+    replica: int,
+    n_stages: int,
+) -> Found:
+    def values(state: State, mask: NDArray[np.int8]) -> NDArray[np.float32]:
+        return policy.values(state.level, observer.observe(spec, state), mask)
+
+    return best_first(
+        spec,
+        values,
+        stages,
+        task,
+        replica,
+        gamma=policy.metadata["values"]["gamma"],
+        n_stages=n_stages,
     )
 
 

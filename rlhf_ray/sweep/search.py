@@ -29,6 +29,7 @@ from rlhf_ray.sweep.summing_up import sum_up
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
 from rlhf_ray.tasks import SPLITS, Metric, Suite
+from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.tally import TalliedStages, Tally
 
@@ -137,9 +138,10 @@ def plan(suite: Suite, config: SearchConfig | None = None, *, timed: bool = Fals
     storage = open_storage(config.storage_path)
     record = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
     per_trial = config.episodes * config.horizon
-    # All trials share the episodes before epsilon has fallen; beyond, they go ways of their own
-    # (measured on `digits`: experiments/sweep_sharing.py).
-    distinct = math.ceil(per_trial * (0.4 + 0.1 * len(ground.trials)))
+    # All trials share the random episodes, many of which stop early; beyond, they mostly go ways of
+    # their own (shares measured on `digits`: experiments/sweep_sharing.py).
+    common = (config.warm_up + config.decay_fraction) / 2
+    distinct = math.ceil(per_trial * (0.7 * common + 0.4 * (1 - common) * len(ground.trials)))
     return SearchPlan(
         directory=f"{storage.shown.rstrip('/')}/{ground.name}",
         state=record["state"] if isinstance(record, dict) else "new",
@@ -255,14 +257,18 @@ def _set_state(storage: Storage, name: str, state: str) -> None:
     storage.write_json(f"{name}/{SWEEP_FILE}", {**record, "state": state})
 
 
-def _run(
-    storage: Storage, ground: Ground, *, max_minutes: float | None, progress: Progress
-) -> None:
-    began = time.monotonic()
+def trial_context(
+    storage: Storage, ground: Ground, engine: Engine, stages: RayStages
+) -> TrialContext:
+    """What all trials of a sweep share.
+
+    Args:
+        storage: where trials write.
+        ground: what is settled about the sweep.
+        engine: of the driver: prices stages, and looks at the source data.
+        stages: client of the workers.
+    """
     suite, config = ground.suite, ground.config
-    _set_state(storage, ground.name, "running")
-    progress.phase("starting Ray and the workers")
-    engine = Engine(suite, config.engine_settings())
     observer = config.observer(suite)
     spec = process_spec(
         tuple(suite.levels),
@@ -272,33 +278,44 @@ def _run(
         observer,
         config.process_settings(),
     )
+    return TrialContext(
+        sweep=ground.name,
+        storage=storage,
+        suite=suite.name,
+        config=config,
+        spec=spec,
+        observer=observer,
+        plan=EpisodePlan(
+            tasks=tuple(task.name for task in suite.train_tasks),
+            replicas=config.replicas,
+            n_levels=spec.n_levels,
+            random_start=config.start == "random",
+            seed=config.seed,
+        ),
+        val_tasks=tuple(task.name for task in suite.val_tasks),
+        metric=ground.metric.name,
+        stages=stages,
+        source_moments=engine.source_moments(),
+    )
+
+
+def _run(
+    storage: Storage, ground: Ground, *, max_minutes: float | None, progress: Progress
+) -> None:
+    began = time.monotonic()
+    suite, config = ground.suite, ground.config
+    _set_state(storage, ground.name, "running")
+    progress.phase("starting Ray and the workers")
+    engine = Engine(suite, config.engine_settings())
     if engine.plan.reason:
         progress.message(f"not everything can be cached: {engine.plan.reason}")
-    with running_ray(config), stage_workers(suite, config) as handle:
-        context = TrialContext(
-            sweep=ground.name,
-            storage=storage,
-            suite=suite.name,
-            config=config,
-            spec=spec,
-            observer=observer,
-            plan=EpisodePlan(
-                tasks=tuple(task.name for task in suite.train_tasks),
-                replicas=config.replicas,
-                n_levels=spec.n_levels,
-                random_start=config.start == "random",
-                seed=config.seed,
-            ),
-            val_tasks=tuple(task.name for task in suite.val_tasks),
-            metric=ground.metric.name,
-            stages=handle.stages,
-            source_moments=engine.source_moments(),
-        )
+    with running_ray(config), stage_workers(suite, config, progress) as handle:
+        context = trial_context(storage, ground, engine, handle.stages)
         tally = Tally()
         stages = TalliedStages(handle.stages, tally, namespace="driver")
         if config.prefill:
             prefill(
-                spec,
+                context.spec,
                 stages,
                 tasks=[task.name for task in suite.tasks()],
                 reported=[task.name for task in (*suite.val_tasks, *suite.test_tasks)],

@@ -3,18 +3,22 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.air.constants import EXPR_ERROR_PICKLE_FILE
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.search import BasicVariantGenerator
 
 from rlhf_ray.cluster_metrics import ClusterMetrics
-from rlhf_ray.config import SWEPT
+from rlhf_ray.errors import LostProcessError
 from rlhf_ray.progress import Progress
-from rlhf_ray.ray_session import TRIAL_CPUS, concurrent_trials
+from rlhf_ray.ray_session import concurrent_trials, needs
 from rlhf_ray.report.live import LivePage
 from rlhf_ray.sweep.plan import PlannedTrial
 from rlhf_ray.sweep.results import trial_folder
@@ -26,6 +30,15 @@ TUNE_FOLDER = "tune"
 """Tune's own files of a sweep, TensorBoard's events among them."""
 
 POLL_S = 0.5
+
+MAX_FAILURES = 2
+"""How often a trial starts again that fails by itself."""
+
+MAX_LOST = 20
+"""How often a trial starts again that lost a process of its own: spot nodes come and go."""
+
+ROUNDS = 3
+"""How often trials are handed to Tune, which never repeats one that is lost while it starts."""
 
 
 def run_trials(
@@ -53,6 +66,28 @@ def run_trials(
     before, total = (len(trials) - len(waiting)) * episodes, episodes * len(trials)
     page = LivePage(context.storage, context.sweep, progress, before=before, total=total)
     watcher = _Watcher(progress, handle, page, ClusterMetrics(context.sweep), done=before)
+    ends = None if max_minutes is None else time.monotonic() + max_minutes * 60
+    failures: dict[str, Exception] = {}
+    with watcher.watching(), _quiet():
+        for _ in range(ROUNDS):
+            again = {trial.name for trial in waiting}
+            failures = {name: error for name, error in failures.items() if name not in again}
+            failures |= _fit(context, waiting, watcher, ends)
+            waiting = [trial for trial in waiting if _was_lost(failures.get(trial.name))]
+            if not waiting or (ends is not None and time.monotonic() >= ends):
+                break
+    for trial in trials:
+        if trial.name in failures:
+            _record_failure(context, trial, failures[trial.name])
+
+
+def _fit(
+    context: TrialContext,
+    waiting: Sequence[PlannedTrial],
+    watcher: "_Watcher",
+    ends: float | None,
+) -> dict[str, Exception]:
+    """Lets Tune run trials, until `ends` on the monotonic clock; returns the errors of some."""
     points = [{"trial": trial.name, **trial.values} for trial in waiting]
     # as a filesystem: the URI may hold keys that records and messages must not show
     filesystem, folder = context.storage.opened(context.sweep)
@@ -67,7 +102,7 @@ def run_trials(
                 points_to_evaluate=points, max_concurrent=concurrent_trials(context.config)
             ),
             reuse_actors=True,
-            time_budget_s=None if max_minutes is None else max_minutes * 60,
+            time_budget_s=None if ends is None else max(0.1, ends - time.monotonic()),
             trial_dirname_creator=lambda trial: trial.config["trial"],
             trial_name_creator=lambda trial: trial.config["trial"],
         ),
@@ -76,21 +111,23 @@ def run_trials(
             storage_filesystem=None if context.storage.is_local else filesystem,
             storage_path=folder,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=2),
+            failure_config=tune.FailureConfig(max_failures=MAX_LOST),
             # a trial that is cut off starts again on the warm tree: nothing of it to save
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[watcher, TensorBoardLog(), JsonLoggerCallback(), CSVLoggerCallback()],
         ),
     )
-    with watcher.watching(), _quiet():
-        results = tuner.fit()
-    for result in results:
-        if result.error is not None and result.config is not None:
-            _record_failure(context, result.config, result.error)
+    results = tuner.fit()
+    return {
+        result.config["trial"]: result.error
+        for result in results
+        if result.error is not None and result.config is not None
+    }
 
 
 def _resources(context: TrialContext) -> Any:
-    bundles = [{"CPU": TRIAL_CPUS}] * (1 + context.config.env_runners)
+    n_processes = 1 + context.config.env_runners
+    bundles = [{"CPU": needs(context.config).trial_cpus / n_processes}] * n_processes
     return tune.PlacementGroupFactory(bundles)
 
 
@@ -99,13 +136,18 @@ def _done(context: TrialContext, trial: str) -> bool:
     return isinstance(record, dict) and record["status"] == "done"
 
 
-def _record_failure(context: TrialContext, config: dict[str, Any], error: Exception) -> None:
-    if _done(context, config["trial"]):
+def _was_lost(error: Exception | None) -> bool:
+    """Whether a trial's error is the loss of a process, and not one of its own making."""
+    cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+    return isinstance(cause, RayActorError | LostProcessError)
+
+
+def _record_failure(context: TrialContext, trial: PlannedTrial, error: Exception) -> None:
+    if _done(context, trial.name):
         return  # it broke while it was taken down
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    values = {name: config[name] for name in SWEPT}
-    record = failed_record(config["trial"], values, lines[-1].strip())
-    name = f"{trial_folder(context.sweep, config['trial'])}/trial.json"
+    record = failed_record(trial.name, trial.values, lines[-1].strip())
+    name = f"{trial_folder(context.sweep, trial.name)}/trial.json"
     context.storage.write_json(name, record)
 
 
@@ -128,6 +170,7 @@ class _Watcher(tune.Callback):
         self._before = done
         self._curves: dict[str, list[list[float]]] = {}
         self._restarts: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
         self._episodes: dict[str, int] = {}
         self._logical: dict[str, int] = {}
 
@@ -146,6 +189,14 @@ class _Watcher(tune.Callback):
         name = trial.config["trial"]
         self._restarts[name] = self._restarts.get(name, 0) + 1
         self._curves.pop(name, None)  # it starts again
+        error = _last_error(trial)
+        if not _was_lost(error):
+            self._failures[name] = self._failures.get(name, 0) + 1
+            if self._failures[name] >= MAX_FAILURES:
+                trial.max_failures = trial.num_failures  # the next one is the last
+        why = (str(error).strip().splitlines() or [""])[-1]
+        again = f"trial {name} starts again ({self._restarts[name]})"
+        self._progress.message(f"{again}: {why}")
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -180,6 +231,12 @@ class _Watcher(tune.Callback):
                 executed=stats.get("executed", 0),
                 in_flight=stats.get("in_flight", 0),
             )
+
+
+def _last_error(trial: Any) -> Exception | None:
+    """What a Tune trial failed with last; Tune keeps it in a file of this machine."""
+    path = Path(trial.local_path or "") / EXPR_ERROR_PICKLE_FILE
+    return cloudpickle.loads(path.read_bytes()) if path.is_file() else None
 
 
 @contextmanager

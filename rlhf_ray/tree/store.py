@@ -12,6 +12,7 @@ missing, cut or altered counts as absent.
 import hashlib
 import json
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
@@ -23,6 +24,9 @@ from torch import Tensor
 from rlhf_ray.digests import digest
 from rlhf_ray.outcomes import LevelState, Outcome
 from rlhf_ray.storage import Storage
+
+_MARKS = "marks"
+"""Folder of what tells one tree's folder from another's of the same path."""
 
 
 class StateCache:
@@ -89,6 +93,19 @@ class TreeStore:
         self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
         self._weights: OrderedDict[str, int] | None = None  # version -> bytes, by last use
         self._lock = threading.RLock()
+
+    def mark(self) -> str:
+        """The name of a file that marks this tree, for `has_mark`; made if there is none."""
+        folder = f"{self._folder}/{_MARKS}"
+        found = self._storage.list(folder)
+        if not found:
+            found = [f"{folder}/{uuid.uuid4().hex}"]
+            self._storage.write_bytes(found[0], b"of one tree\n")
+        return found[0]
+
+    def has_mark(self, mark: str) -> bool:
+        """Whether this process sees the folder that the mark was made in."""
+        return self._storage.exists(mark)
 
     def peek(self, key: str) -> Outcome | None:
         """The outcome if it is in memory; never touches the storage."""

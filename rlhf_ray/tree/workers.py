@@ -1,245 +1,90 @@
-"""Ray actors that carry out stages for all trials, and the client that trials ask.
+"""The driver's side of the workers: starts them and the tree's actor, and keeps their number right.
 
-The driver starts them, outside any trial's placement group, with `start_workers`; trials get the
-picklable `RayStages`. Who waits for whom is `actor`'s business, what a stage does `stages`'.
+They are created outside any trial's placement group, live as long as the driver's `StagesHandle`,
+and follow the cluster: see `StagesHandle`.
 """
 
-import logging
-import os
+import itertools
 import threading
 import time
-import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor
 
-from rlhf_ray.errors import InputError, RlhfRayError, StageError
-from rlhf_ray.outcomes import Identity, Outcome, StageRequest
+from rlhf_ray.errors import InputError, RlhfRayError
+from rlhf_ray.outcomes import Identity
+from rlhf_ray.placement import Nodes
+from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.storage import open_storage
-from rlhf_ray.tree.actor import Ask, TreeActor
-from rlhf_ray.tree.stage_tree import LocalStages, StageEngine, start_of
+from rlhf_ray.tree.actor import TreeActor
+from rlhf_ray.tree.client import RayStages
+from rlhf_ray.tree.stage_worker import MakeEngine, StageWorker, as_ours
 from rlhf_ray.tree.store import TreeStore
-from rlhf_ray.tree.tally import Answer
 
-_log = logging.getLogger(__name__)
+HowMany = Callable[[Nodes], int]
+"""How many workers there should be on the nodes that live, >= 1."""
 
-MakeEngine = Callable[[], StageEngine]
-"""Makes a worker's engine; picklable, sent once."""
+MAX_REPLACED = 20
+"""Workers lost for good that are replaced in all: what kills every worker must not go on."""
 
+FIRST_WORD_S, WORD_EVERY_S = 5.0, 30.0
+"""When it is first said what a missing worker waits for, and how often again."""
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerInfo:
-    """What a worker says when it is up: the identity of its suite, process and node."""
-
-    identity: Identity
-    pid: int
-    node: str
+_dumps: Callable[[object], bytes] = cloudpickle.dumps  # pyright: ignore[reportPrivateImportUsage]
 
 
-class StageWorker:
-    """Carries out stages, one at a time. Made an actor by `start_workers`.
-
-    Errors are returned, not raised: they pass Ray as plain values, without its tracebacks.
-    """
-
-    def __init__(
-        self, make_engine: bytes, storage_path: str, *, threads: int, share: bool, memory_bytes: int
-    ) -> None:
-        self._threads = threads
-        self._running = ""
-        self._stages: LocalStages | RlhfRayError
-        try:
-            torch.set_num_threads(threads)
-            make: MakeEngine = ray.get(cloudpickle.loads(make_engine))
-            store = TreeStore(open_storage(storage_path))
-            self._stages = LocalStages(make(), store, share=share, memory_bytes=memory_bytes)
-        except Exception as error:
-            self._stages = _as_ours("an engine must be made in every worker", error)
-
-    @ray.method(concurrency_group="control")
-    def running(self) -> str:
-        """The key of what is being run, "" if nothing; answers while a stage runs."""
-        return self._running
-
-    def ready(self) -> WorkerInfo | RlhfRayError:
-        """Answers when the worker is up and nothing runs on it."""
-        if isinstance(self._stages, RlhfRayError):
-            return self._stages
-        node = ray.get_runtime_context().get_node_id()
-        return WorkerInfo(identity=self._stages.identity, pid=os.getpid(), node=node)
-
-    def run(self, key: str, request: StageRequest, episode: str) -> Answer | RlhfRayError:
-        """Answers a request from the store, or carries it out and commits it."""
-        if isinstance(self._stages, RlhfRayError):
-            return self._stages
-        torch.set_num_threads(self._threads)  # counts per calling thread, and Ray may use several
-        self._running = key
-        try:
-            return self._stages.outcome(request, episode)
-        except Exception as error:
-            return _as_ours("a stage must run", error)
-        finally:
-            self._running = ""
-
-    def state_dict(self, request: StageRequest) -> dict[str, Tensor] | RlhfRayError:
-        """The whole model in a state."""
-        if isinstance(self._stages, RlhfRayError):
-            return self._stages
-        try:
-            return self._stages.state_dict(request, namespace="state_dict")
-        except Exception as error:
-            return _as_ours("a state must be had", error)
+def living_nodes() -> list[dict[str, Any]]:
+    """Ray's records of the nodes that live."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
-class RayStages:
-    """Asks the tree's actor; picklable, safe to use from several threads.
-
-    Known outcomes are kept in this process: asking again costs microseconds.
-
-    Args:
-        tree: handle of the tree's actor.
-        workers: handles of the workers.
-        identity: what the keys of the suite have in common.
-        share: whether outcomes may serve twice.
-        max_outcomes: how many outcomes to keep in this process.
-    """
-
-    def __init__(
-        self,
-        tree: Any,
-        workers: Sequence[Any],
-        identity: Identity,
-        *,
-        share: bool = True,
-        max_outcomes: int = 20_000,
-    ) -> None:
-        self._tree = tree
-        self._workers = tuple(workers)
-        self._share = share
-        self._max_outcomes = max_outcomes
-        self._known: OrderedDict[str, Outcome] = OrderedDict()
-        self._lock = threading.Lock()
-        self._episodes = uuid.uuid4().hex
-        self.identity = identity
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_known": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _episodes=uuid.uuid4().hex)
-
-    def outcome(self, request: StageRequest, namespace: str = "") -> Answer:
-        """Answers one request; waits for the worker that carries it out.
-
-        Raises:
-            StageError: it failed or lost its worker too often, or is not in the tree with
-                `replay_only`.
-        """
-        return self.outcomes([request], namespace)[0]
-
-    def outcomes(self, requests: Sequence[StageRequest], namespace: str = "") -> list[Answer]:
-        """Answers several requests, in their order; all are in flight at once.
-
-        Args:
-            requests: the states asked for.
-            namespace: unshared only: names whoever follows one episode after another per task and
-                replica; by default this client in this process.
-
-        Raises:
-            StageError: the first failure, after all have ended.
-        """
-        answers: list[Answer | RlhfRayError | None] = [None] * len(requests)
-        keys = [self.identity.key(request) for request in requests]
-        if self._share:
-            answers = [self._recall(key) for key in keys]
-        missing = [i for i, answer in enumerate(answers) if answer is None]
-        if missing:
-            batch = [self._ask_for(requests[i]) for i in missing]
-            for i, answer in zip(
-                missing, self._send(batch, namespace or self._episodes), strict=True
-            ):
-                answers[i] = answer
-        return [self._accept(answer) for answer in answers]
-
-    def state_dict(self, request: StageRequest) -> dict[str, Tensor]:
-        """The whole model in a state, straight from a worker."""
-        state = request.as_kind("stage")
-        if self._share:
-            self.outcome(state)  # so that whatever is missing is carried out once
-        reason = "no workers"
-        for worker in self._workers:
-            try:
-                result: Any = ray.get(worker.state_dict.remote(state))
-            except RayActorError as error:
-                reason = type(error).__name__
-                continue
-            if isinstance(result, RlhfRayError):
-                raise result
-            return result
-        raise StageError(f"a worker must be left to give a state, got {reason}.")
-
-    def stats(self) -> dict[str, Any]:
-        """What is going on: see `TreeActor.stats`."""
-        return ray.get(self._tree.stats.remote())
-
-    def _ask_for(self, request: StageRequest) -> Ask:
-        keys: list[str] = []
-        state: StageRequest | None = request
-        while state is not None:
-            keys.append(self.identity.key(state))
-            state = start_of(state)
-        return tuple(reversed(keys)), request
-
-    def _send(self, batch: list[Ask], namespace: str) -> list[Answer | RlhfRayError]:
-        for _ in range(20):
-            try:
-                return ray.get(self._tree.ask.remote(batch, namespace))
-            except ActorUnavailableError:  # restarting; Ray's own retries cover most of it
-                time.sleep(0.5)
-            except ActorDiedError as error:
-                raise StageError("the tree's actor must live, got one that was killed for good. "
-                                 "Run the same command again to resume.") from error  # fmt: skip
-        raise StageError("the tree's actor must answer, got none for 10 seconds.")
-
-    def _recall(self, key: str) -> Answer | None:
-        with self._lock:
-            outcome = self._known.get(key)
-            if outcome is None:
-                return None
-            self._known.move_to_end(key)
-            return Answer(outcome=outcome)
-
-    def _accept(self, answer: Answer | RlhfRayError | None) -> Answer:
-        if isinstance(answer, RlhfRayError):
-            raise answer
-        assert answer is not None
-        if self._share:
-            with self._lock:
-                self._known[answer.outcome.key] = answer.outcome
-                while len(self._known) > self._max_outcomes:
-                    self._known.popitem(last=False)
-        return answer
+def node_resources() -> list[dict[str, float]]:
+    """What each living node has."""
+    return [node["Resources"] for node in living_nodes()]
 
 
 class StagesHandle:
     """The driver's hold on the workers and the tree's actor: they live as long as it does.
 
+    A thread looks at the cluster every `poll_s`: workers are started when nodes have joined;
+    those that a lost node has left without room are dismissed (those that run are left alone);
+    those that are lost for good are replaced, `max_replaced` times in all. A tree's actor that was
+    started anew is handed the workers again. Whatever changes is said through `progress`.
+
     Attributes:
         stages: the client, for trials and the driver alike.
     """
 
-    def __init__(self, stages: RayStages, actors: Sequence[Any]) -> None:
-        self.stages = stages
-        self._actors = tuple(actors)
+    def __init__(
+        self,
+        make_worker: Callable[[], Any],
+        how_many: HowMany,
+        *,
+        needs: str,
+        progress: Progress,
+        max_replaced: int,
+        poll_s: float,
+    ) -> None:
+        self._make_worker = make_worker
+        self._how_many = how_many
+        self._needs = needs
+        self._progress = progress
+        self._replaceable = max_replaced
+        self._given_up = 0
+        self._poll_s = poll_s
+        self._numbers = itertools.count()
+        self._workers: dict[int, Any] = {}
+        self._tree: Any = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._short_since: float | None = None
+        self._next_word_s = FIRST_WORD_S
+        self.stages: RayStages
 
     def __enter__(self) -> "StagesHandle":
         return self
@@ -253,15 +98,147 @@ class StagesHandle:
 
     def stop(self) -> None:
         """Ends workers and tree; what is committed stays."""
-        for actor in self._actors:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        for actor in [*self._workers.values(), *filter(None, [self._tree])]:
             ray.kill(actor)
+
+    def first_worker(self, patience_s: float | None) -> Identity:
+        """Starts workers; waits for the first, and says meanwhile what it waits for.
+
+        Raises:
+            InputError: no node has had room for a worker for `patience_s`.
+            StageError: it could not make its engine.
+        """
+        self._start(self._how_many(node_resources()))
+        began = time.monotonic()
+        ready = {handle.ready.remote(): number for number, handle in self._workers.items()}
+        while True:
+            done, _ = ray.wait(list(ready), num_returns=1, timeout=1.0)
+            if done:
+                break
+            waited_s = time.monotonic() - began
+            self._say_what_for(waited_s, "a first worker waits")
+            if patience_s is not None and waited_s > patience_s:
+                raise InputError(
+                    f"a node must have room for a worker, which needs {self._needs}, got none in "
+                    f"{waited_s:.0f} s; the cluster has {_amounts(ray.cluster_resources())}. Ask "
+                    "for less, or add nodes."
+                )
+        try:
+            info = ray.get(done[0])
+        except RayError as error:
+            info = as_ours("a worker must start", error)
+        if isinstance(info, RlhfRayError):
+            raise info
+        return info.identity
+
+    def run(self, tree: Any, identity: Identity, *, share: bool) -> None:
+        """Hands the workers to the tree's actor, and follows the cluster from now on."""
+        self._tree = tree
+        self.stages = RayStages(tree, identity, share=share)
+        self._hand_in(list(self._workers))
+        self._thread = threading.Thread(target=self._follow, daemon=True, name="rlhf_ray_workers")
+        self._thread.start()
+
+    def _start(self, n: int) -> list[int]:
+        numbers = list(itertools.islice(self._numbers, n))
+        self._workers |= {number: self._make_worker() for number in numbers}
+        return numbers
+
+    def _hand_in(self, numbers: Sequence[int]) -> None:
+        # Pickled, so that an actor that restarts finds the handles without Ray's warning.
+        pairs = [(number, self._workers[number]) for number in numbers]
+        self._tree.add_workers.remote(_dumps(pairs))
+
+    def _follow(self) -> None:
+        while not self._ended.wait(self._poll_s):
+            try:
+                known = {worker["number"]: worker for worker in self.stats()["workers"]}
+                self._adjust(known, self._how_many(node_resources()))
+            except ActorDiedError:
+                return  # for good: askers are told so
+            except RayError:
+                continue  # the tree's actor restarts
+
+    def _adjust(self, known: dict[int, dict[str, Any]], wanted: int) -> None:
+        """Makes what is there what is wanted.
+
+        Args:
+            known: what the tree's actor says of each worker that it knows.
+            wanted: how many there should be.
+        """
+        unknown = [number for number in self._workers if number not in known]
+        if unknown:
+            self._hand_in(unknown)  # the actor was started anew
+        replaced = self._drop_lost(known)
+        missing = wanted - self._given_up - len(self._workers)
+        absent = [
+            number
+            for number in self._workers
+            if number in known and known[number]["state"] in ("starting", "restarting")
+        ]
+        if missing > 0:
+            self._hand_in(self._start(missing))
+            if missing > replaced:
+                self._tell("more", missing - replaced)
+        elif missing < 0 and absent:
+            self._dismiss(absent[missing:])
+        self._watch_short(sum(number in self._workers for number in absent), wanted)
+
+    def _drop_lost(self, known: dict[int, dict[str, Any]]) -> int:
+        """Forgets the workers that are lost for good; returns how many may be replaced."""
+        lost = [n for n in self._workers if n in known and known[n]["state"] == "gone"]
+        replaced = min(len(lost), self._replaceable)
+        self._replaceable -= replaced
+        self._given_up += len(lost) - replaced
+        for number in lost:
+            ray.kill(self._workers.pop(number))  # its process may live: it could make no engine
+        if lost:
+            reason = known[lost[-1]]["reason"]
+            will = f"{replaced} of them will be replaced"
+            self._progress.message(f"{len(lost)} workers are lost, {will}: {reason}")
+            if not self._workers and not replaced:
+                self._tree.give_up.remote(reason)
+        return replaced
+
+    def _dismiss(self, numbers: Sequence[int]) -> None:
+        reason = "the cluster has no room for it any more"
+        self._tree.dismiss_workers.remote(list(numbers), reason)
+        for number in numbers:
+            ray.kill(self._workers.pop(number))
+        self._tell("fewer", len(numbers))
+
+    def _tell(self, what: str, n: int) -> None:
+        why = "grown" if what == "more" else "shrunk"
+        are = f"{n} workers {what}, now {len(self._workers)}"
+        self._progress.message(f"the cluster has {why}: {are}")
+
+    def _watch_short(self, n_absent: int, wanted: int) -> None:
+        """Says it when workers wait for room for long."""
+        if not n_absent:
+            self._short_since, self._next_word_s = None, FIRST_WORD_S
+            return
+        now = time.monotonic()
+        self._short_since = self._short_since or now
+        self._say_what_for(now - self._short_since, f"{n_absent} of {wanted} workers wait")
+
+    def _say_what_for(self, waited_s: float, who: str) -> None:
+        if waited_s < self._next_word_s:
+            return
+        self._next_word_s = waited_s + WORD_EVERY_S
+        self._progress.message(
+            f"{who} for {self._needs}; the cluster has {_amounts(ray.cluster_resources())}, "
+            f"free {_amounts(ray.available_resources())}"
+        )
 
 
 def start_workers(
     make_engine: MakeEngine,
     storage_path: str | Path,
     *,
-    num_workers: int,
+    num_workers: int | HowMany,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
     threads_per_worker: int | None = None,
@@ -270,13 +247,18 @@ def start_workers(
     max_weight_bytes: int | None = 20 * 2**30,
     memory_bytes: int = 2**30,
     max_attempts: int = 5,
+    max_replaced: int = MAX_REPLACED,
+    patience_s: float | None = None,
+    poll_s: float = 1.0,
+    progress: Progress = NO_PROGRESS,
 ) -> StagesHandle:
     """Starts workers and the tree's actor on the running Ray; returns when one worker is up.
 
     Args:
         make_engine: makes each worker's engine.
         storage_path: where the tree lies; the same for all nodes.
-        num_workers: how many, >= 1. Those for which the cluster has no room yet join later.
+        num_workers: how many, >= 1, or a function of the cluster's nodes, which is followed. Those
+            for which the cluster has no room yet join later.
         cpus_per_worker: CPUs that Ray reserves for each.
         gpus_per_worker: GPUs for each; fractions share one.
         threads_per_worker: torch's threads; by default the whole CPUs reserved, at least 1.
@@ -285,19 +267,24 @@ def start_workers(
         max_weight_bytes: limit of the weights on the storage; None: keep all.
         memory_bytes: limit of the weights that each worker keeps in memory.
         max_attempts: how often a stage is tried that fails or loses its worker.
+        max_replaced: how many workers that are lost for good are replaced.
+        patience_s: how long to wait for a first worker; None: for ever.
+        poll_s: how often the thread of `StagesHandle` looks at the cluster.
+        progress: told what is waited for, and how the number of workers changes.
 
     Raises:
-        InputError: settings out of range, a storage path that cannot be written.
+        InputError: settings out of range, a storage path that cannot be written, no room.
         StageError: no worker could make its engine.
     """
-    if num_workers < 1 or max_attempts < 1:
+    fixed = num_workers if isinstance(num_workers, int) else 1
+    if fixed < 1 or max_attempts < 1:
         raise InputError("num_workers and max_attempts must be at least 1, got "
                          f"num_workers={num_workers}, max_attempts={max_attempts}.")  # fmt: skip
     storage = open_storage(storage_path, check=True)
     location = str(storage.local_path() or storage_path)
-    # Pickled, so that actors that restart find the reference and handles without Ray's warning.
-    pickled: Callable[[object], bytes] = cloudpickle.dumps  # pyright: ignore[reportPrivateImportUsage]
-    engine = pickled(ray.put(make_engine))
+    # Pickled, so that actors that restart find the reference without Ray's warning.
+    engine = _dumps(ray.put(make_engine))
+    mark = TreeStore(storage).mark() if share else ""
     # "DEFAULT": not in the placement group of whoever calls
     remote: Any = ray.remote  # its overloads miss some of these options
     worker_class = remote(
@@ -308,14 +295,24 @@ def start_workers(
         scheduling_strategy="DEFAULT",
     )(StageWorker)
     threads = threads_per_worker or max(1, int(cpus_per_worker))
-    options = {"threads": threads, "share": share, "memory_bytes": memory_bytes}
-    workers = [worker_class.remote(engine, location, **options) for _ in range(num_workers)]
-    needs = f"{cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs"
+
+    def make_worker() -> Any:
+        return worker_class.remote(
+            engine, location, mark, threads=threads, share=share, memory_bytes=memory_bytes
+        )
+
+    handle = StagesHandle(
+        make_worker,
+        (lambda _: fixed) if isinstance(num_workers, int) else num_workers,
+        needs=f"{cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs",
+        progress=progress,
+        max_replaced=max_replaced,
+        poll_s=poll_s,
+    )
     try:
-        identity = _first_ready(workers, needs)
+        identity = handle.first_worker(patience_s)
     except BaseException:
-        for worker in workers:
-            ray.kill(worker)
+        handle.stop()
         raise
     tree_class = remote(
         num_cpus=0,
@@ -329,38 +326,14 @@ def start_workers(
     )(TreeActor)
     tree = tree_class.remote(
         location,
-        pickled(workers),
         share=share,
         replay_only=replay_only,
         max_weight_bytes=max_weight_bytes,
         max_attempts=max_attempts,
     )
-    return StagesHandle(RayStages(tree, workers, identity, share=share), [tree, *workers])
+    handle.run(tree, identity, share=share)
+    return handle
 
 
-def _first_ready(workers: Sequence[Any], needs: str) -> Identity:
-    """Waits for the first worker; says what for, every 20 seconds."""
-    waited_for = [worker.ready.remote() for worker in workers]
-    while True:
-        ready, _ = ray.wait(waited_for, num_returns=1, timeout=20.0)
-        if not ready:
-            _log.warning(
-                "Still waiting for a first worker, which needs %s; the cluster has free: %s.",
-                needs,
-                {name: n for name, n in ray.available_resources().items() if "PU" in name},
-            )
-            continue
-        try:
-            info = ray.get(ready[0])
-        except RayError as error:
-            info = _as_ours("a worker must start", error)
-        if isinstance(info, RlhfRayError):
-            raise info
-        return info.identity
-
-
-def _as_ours(what: str, error: Exception) -> RlhfRayError:
-    if isinstance(error, RlhfRayError):
-        return error
-    lines = str(error).splitlines() or [""]
-    return StageError(f"{what}, got {type(error).__name__}: {lines[0]}")
+def _amounts(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0.0):g} CPUs and {resources.get('GPU', 0.0):g} GPUs"

@@ -186,6 +186,18 @@ def test_larger_epsilon_only_adds_random_actions_and_keeps_them():
     assert set(every) == {0, 2, 3}
 
 
+def test_exploring_by_episode_is_random_altogether_or_greedy_altogether():
+    mask = np.int8([1, 0, 1, 1])
+    episodes = [
+        [exploring_action(3, episode, step, mask, 0.4, by="episode") for step in range(5)]
+        for episode in range(200)
+    ]
+    explored = [actions for actions in episodes if actions[0] is not None]
+    assert all(len({action is None for action in actions}) == 1 for actions in episodes)
+    assert len(explored) / len(episodes) == pytest.approx(0.4, abs=0.1)
+    assert all(len(set(actions)) > 1 for actions in explored[:3])
+
+
 def test_epsilon_falls_over_the_fraction_asked_for():
     shape = {"final": 0.1, "n_episodes": 100}
     assert epsilon_at(0, decay_fraction=0.5, **shape) == 1.0

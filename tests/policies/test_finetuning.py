@@ -66,7 +66,11 @@ def policy(
         operations=tuple(operation_as_json(operation) for operation in chosen),
         network=network,
         weights=LevelQNetworks(network, seed=seed).state_dict(),
-        metadata={"process": {**record, **process}},
+        metadata={
+            "process": {**record, **process},
+            "values": {"gamma": 0.9, "tuning_cost_weight": 0.05, "switch_cost_weight": 0.01},
+            "config": {"algorithm": "dqn"},
+        },
     )
 
 
@@ -197,3 +201,34 @@ def test_fine_tuning_needs_no_ray(tmp_path: Any, active: Policy) -> None:
         env=environment,
     )  # fmt: skip
     assert float(done.stdout) == pytest.approx(run(active).test_metric)
+
+
+# -- search under a policy's guidance --------------------------------------------------------------
+
+
+def test_longer_search_returns_no_worse_and_pays_for_all_it_tried(active: Policy) -> None:
+    tuned = [run(active, search_stages=n) for n in (0, 3, 12)]
+    assert tuned[0].val_metric <= tuned[1].val_metric <= tuned[2].val_metric
+    assert tuned[0].cost < tuned[1].cost < tuned[2].cost
+    assert [t.stages - tuned[0].stages for t in tuned] == [0, 3, 12]
+    best = tuned[-1]
+    assert accuracy(best.model, task().test) == pytest.approx(best.test_metric)
+    assert accuracy(best.model, task().val) == pytest.approx(best.val_metric)
+    assert best.val_metric == max([best.start_metric, *(s["metric"] for s in best.trace)])
+
+
+def test_full_search_meets_every_stage_of_the_tree(active: Policy) -> None:
+    chosen = [o for o in SearchConfig(steps=5, batch_size=16).operations()]
+    few = tuple(o for o in chosen if o.name in ("train_mid", "train_all", "stop"))
+    shallow = policy(operations=few, horizon=2)
+    # the first level acts first: itself or both; then either alone, or both
+    tuned = run(shallow, search_stages=1000)
+    assert tuned.stages == 2 + 2 * 3
+
+
+def test_search_needs_a_policy_with_values(active: Policy) -> None:
+    sampled = replace(active, metadata={**active.metadata, "config": {"algorithm": "ppo"}})
+    with pytest.raises(InputError, match="policy with values, got one learned by algorithm=ppo"):
+        run(sampled, search_stages=2)
+    with pytest.raises(InputError, match="search_stages must be a whole number >= 0"):
+        run(active, search_stages=-1)

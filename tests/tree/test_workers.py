@@ -22,7 +22,8 @@ from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.store import TreeStore
-from rlhf_ray.tree.workers import RayStages, StagesHandle, start_workers
+from rlhf_ray.tree.client import RayStages
+from rlhf_ray.tree.workers import StagesHandle, start_workers
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -176,10 +177,17 @@ def test_killed_tree_actor_continues(handle: StagesHandle, shared_folder: Path) 
     asked = [request(0, replica=5), request(0, task=1, replica=5)]
     result = in_thread(handle.stages, *asked)
     wait_until(lambda: count(shared_folder, *asked) == [1, 1])
-    os.kill(tree_pid(handle), signal.SIGKILL)
-    wait_until(lambda: handle.stats()["asked"] == 2)  # asked again, of the one that took its place
+    before, first_pid = handle.stats(), tree_pid(handle)
+    os.kill(first_pid, signal.SIGKILL)
+    wait_until(lambda: tree_pid(handle) != first_pid and len(handle.stats()["workers"]) == 2)
     (shared_folder / "gate").unlink()
-    assert all(a.executed for a in result())
+    answers = result()
+    assert all(a.executed and a.carried_out == (a.outcome.key,) for a in answers)
+    # the counts go on
+    wait_until(lambda: handle.stats()["asked"] == before["asked"])
+    assert handle.stats()["executed"] == before["executed"] + 2
+    assert handle.stats()["seconds_spent"] == pytest.approx(before["seconds_spent"] + 2)
+    assert handle.stats()["failed"] == before["failed"] != {}
     # what the workers were running was waited for, not carried out twice
     assert count(shared_folder, *asked) == [1, 1]
     assert handle.stages.outcome(request(0, 1, replica=5)).executed
@@ -227,18 +235,41 @@ def test_known_outcome_costs_little(handle: StagesHandle) -> None:
     assert here_s < 2e-3 and actor_s < 5e-2, (here_s, actor_s)  # bounds for busy machines
 
 
-def test_workers_lost_for_good_leave_the_rest(start: Start, tmp_path: Path) -> None:
-    handle = start()
+def test_workers_lost_for_good_are_replaced_as_often_as_agreed(
+    start: Start, tmp_path: Path
+) -> None:
+    progress = Lines()
+    handle = start(max_replaced=1, poll_s=0.1, progress=progress)
     (tmp_path / "gate").touch()
     result = in_thread(handle.stages, request(0), request(0, task=1))
     wait_until(lambda: len(ran(tmp_path)) == 2)
-    ray.kill(handle.stages._workers[0])
+    ray.kill(handle._workers[0])
+    wait_until(lambda: any("1 of them will be replaced" in line for line in progress.lines))
     (tmp_path / "gate").unlink()
     assert len(result()) == 2
+    wait_until(lambda: [w["state"] for w in handle.stats()["workers"]] == ["gone", "idle", "idle"])
     assert handle.stages.state_dict(request(0))
-    ray.kill(handle.stages._workers[1])
-    with pytest.raises(StageError, match=r"a worker must be left|must not die"):
+    for number in (1, 2):
+        ray.kill(handle._workers[number])
+    with pytest.raises(StageError, match=r"a worker must be left to run stages, got none"):
         handle.stages.outcome(request(1))
+    assert "0 of them will be replaced" in progress.lines[-1]
+
+
+class Lines:
+    """Progress that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.lines.append(text)
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        return
+
+    def update(self, done: int | None = None, **counters: float) -> None:
+        return
 
 
 def test_stage_that_loses_its_worker_each_time_is_given_up(start: Start, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What the tree of stages saves: a sweep of 16 trials with sharing off, on, and on a warm tree.
+
+    python experiments/sweep_sharing.py --suite digits
+
+Four sweeps on one suite, one after the other on the same machine: every trial carries out its own
+stages (`--no-share`); all share an empty tree; the same again on the tree that this left; and a
+sweep with other values of gamma, epsilon and both weights on that tree. Training and judging of the
+trials count, not the comparison with baselines that `search` makes afterwards. Worker seconds are
+what the workers measured around each stage. Writes sweep_sharing.md, and fails if sharing changed
+a trial's figures.
+"""
+
+import argparse
+import dataclasses
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import rlhf_ray as rr
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.progress import NO_PROGRESS
+from rlhf_ray.ray_session import running_ray, stage_workers
+from rlhf_ray.storage import open_storage
+from rlhf_ray.sweep.results import trial_folder
+from rlhf_ray.sweep.search import prepare, trial_context
+from rlhf_ray.sweep.tuning import run_trials
+from rlhf_ray.tree.tally import Tally
+
+VALUES = {
+    "gamma": (0.9, 0.99),
+    "epsilon": (0.05, 0.15),
+    "tuning_cost_weight": (0.05, 0.1),
+    "switch_cost_weight": (0.005, 0.01),
+}
+OTHER_VALUES = {
+    "gamma": (0.85, 0.95),
+    "epsilon": (0.02, 0.1),
+    "tuning_cost_weight": (0.04, 0.07),
+    "switch_cost_weight": (0.003, 0.007),
+}
+COLUMNS = (
+    "sweep", "stages asked for", "distinct", "carried out", "of those asked for", "worker s",
+    "wall s", "worker time against off",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A sweep's account."""
+
+    tally: Tally
+    wall_s: float
+    judged: dict[str, dict[str, float]]
+
+
+def run(suite: rr.Suite, config: rr.SearchConfig) -> Measured:
+    """The trials of a sweep; its account is that of the trials, training and judging."""
+    ground = prepare(suite, config)
+    storage = open_storage(config.storage_path, check=True)
+    with running_ray(config), stage_workers(suite, config) as handle:
+        context = trial_context(
+            storage, ground, Engine(suite, config.engine_settings()), handle.stages
+        )
+        began = time.monotonic()
+        run_trials(context, ground.trials, handle, max_minutes=None, progress=NO_PROGRESS)
+        wall_s = time.monotonic() - began
+    names = [trial.name for trial in ground.trials]
+    records = [storage.read_json(f"{trial_folder(ground.name, name)}/trial.json") for name in names]
+    return Measured(
+        tally=Tally.total(Tally.from_json(record["stages"]) for record in records),
+        wall_s=wall_s,
+        judged={name: record["judged"] for name, record in zip(names, records, strict=True)},
+    )
+
+
+def row(name: str, found: Measured, off: Measured) -> tuple[str, ...]:
+    """A row of the table."""
+    tally = found.tally
+    ratio = off.tally.spent_s / tally.spent_s if tally.spent_s else float("inf")
+    return (
+        name,
+        f"{tally.logical:,}",
+        f"{tally.distinct:,}",
+        f"{tally.executed:,}",
+        f"{tally.executed / tally.logical:.1%}",
+        f"{tally.spent_s:.1f}",
+        f"{found.wall_s:.0f}",
+        "-" if found is off else f"{ratio:.1f}x less" if tally.spent_s else "nothing carried out",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", default="digits")
+    parser.add_argument("--data-root")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        suite = rr.load_suite(args.suite, storage_path=scratch, data_root=args.data_root)
+
+        def config(name: str, folder: str, values: dict, share: bool = True) -> rr.SearchConfig:
+            path = f"{scratch}/{folder}"
+            return rr.SearchConfig(
+                **values, name=name, storage_path=path, seed=args.seed, share=share
+            )
+
+        off = run(suite, config("off", "off", VALUES, share=False))
+        on = run(suite, config("on", "on", VALUES))
+        again = run(suite, config("again", "on", VALUES))
+        other = run(suite, config("other", "on", OTHER_VALUES))
+    same = off.judged == on.judged == again.judged
+    found = {"off": off, "on, empty tree": on, "the same again": again, "other values": other}
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(row(name, m, off) for name, m in found.items())]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray"))
+    text = (
+        f"{table}\n\nSuite {args.suite}, seed {args.seed}; {len(off.judged)} trials per sweep; "
+        f"values {VALUES}, others {OTHER_VALUES}.\nTrials' figures with sharing off, on and warm: "
+        f"{'equal' if same else 'NOT EQUAL'}.\nMade by sweep_sharing.py ({machine}, {versions}).\n"
+    )
+    Path(__file__).with_suffix(".md").write_text(text)
+    sys.stdout.write(text)
+    if not same:
+        raise SystemExit("sharing changed the trials' figures")
+
+
+if __name__ == "__main__":
+    main()

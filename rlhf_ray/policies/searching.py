@@ -1,0 +1,140 @@
+"""A policy's values guide a search on one task: best first, so many stages. No Ray here.
+
+Between no search (the policy's own decisions) and all of the tree. What has been carried out is
+sunk, so the result is the best val metric that was met, and its cost is that of everything tried.
+
+Dimension letters: A actions.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.evaluation.rollouts import Stages
+from rlhf_ray.operations import Stop
+from rlhf_ray.outcomes import StagePath
+from rlhf_ray.process import (
+    ProcessSpec,
+    State,
+    Step,
+    action_mask,
+    advance,
+    stage_request,
+    start_request,
+    start_state,
+)
+
+Values = Callable[[State, NDArray[np.int8]], NDArray[np.float32]]
+"""(state, mask of open actions (A,)) -> Q-values (A,), minus infinity where the mask is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search gives.
+
+    Attributes:
+        state: the end of the fine-tuning that met the best val metric; its cost is that of its own
+            path.
+        steps: of that fine-tuning.
+        cost: of every stage that was carried out, and of the start, in full stages (or seconds).
+        n_stages: stages that were carried out.
+    """
+
+    state: State
+    steps: tuple[Step, ...]
+    cost: float
+    n_stages: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Node:
+    state: State
+    steps: tuple[Step, ...]
+    collected: float  # discounted rewards so far
+    discount: float  # of the next reward
+
+
+def best_first(
+    spec: ProcessSpec,
+    values: Values,
+    stages: Stages,
+    task: str,
+    replica: int,
+    *,
+    gamma: float,
+    n_stages: int,
+) -> Found:
+    """Follows the policy to its end, then takes the most promising actions left, anywhere.
+
+    An action promises the discounted rewards collected before it and the policy's value of it.
+
+    Args:
+        spec: the process, with the reward weights that the values were learned under.
+        values: of the policy.
+        stages: carries the stages out.
+        task: name of the task.
+        replica: replica seed.
+        gamma: the policy's discount.
+        n_stages: stages to carry out beyond the policy's own, >= 0. Fewer where the tree ends.
+    """
+    start = stages.outcome(start_request(task, replica)).outcome
+    state = start_state(spec, start, task, replica, level=0)
+    root = _Node(state=state, steps=(), collected=0.0, discount=1.0)
+    frontier = _Frontier(spec)
+    known: dict[StagePath, float] = {}  # path -> cost of its last stage
+
+    def follow(node: _Node, action: int) -> _Node:
+        request = stage_request(spec, node.state, action)
+        outcome = None if request is None else stages.outcome(request).outcome
+        after, step = advance(spec, node.state, action, outcome)
+        if request is not None:
+            known.setdefault(request.path, step.tuning_cost)
+        return _Node(
+            state=after,
+            steps=(*node.steps, step),
+            collected=node.collected + node.discount * step.reward,
+            discount=node.discount * gamma,
+        )
+
+    node = root
+    while not node.state.terminated:
+        values_A = values(node.state, action_mask(spec, node.state))
+        decided = int(values_A.argmax())
+        frontier.add(node, values_A, but=decided)
+        node = follow(node, decided)
+    best, own = node, len(known)
+    while len(known) < own + n_stages and (promising := frontier.pop()) is not None:
+        node = follow(*promising)
+        if spec.score(node.state.best) > spec.score(best.state.best):
+            best = node
+        if not node.state.terminated:
+            frontier.add(node, values(node.state, action_mask(spec, node.state)))
+    cost = spec.cost(start) + sum(known.values())
+    return Found(state=best.state, steps=best.steps, cost=cost, n_stages=len(known))
+
+
+class _Frontier:
+    """Actions not taken yet, the most promising first; ties by the order in which they came."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        self._spec = spec
+        self._heap: list[tuple[float, int, _Node, int]] = []
+        self._order = itertools.count()
+
+    def add(self, node: _Node, values_A: NDArray[np.float32], but: int | None = None) -> None:
+        """Takes in a state's open actions, but for one; not `stop`, which shows nothing new."""
+        for action in np.flatnonzero(np.isfinite(values_A)).tolist():
+            if action != but and not isinstance(self._spec.decode(action)[0], Stop):
+                promise = node.collected + node.discount * float(values_A[action])
+                heapq.heappush(self._heap, (-promise, next(self._order), node, action))
+
+    def pop(self) -> tuple[_Node, int] | None:
+        """The most promising action left, with its state; None if there is none."""
+        if not self._heap:
+            return None
+        _, _, node, action = heapq.heappop(self._heap)
+        return node, action

@@ -1,0 +1,112 @@
+"""The CUDA path of the engine: the same stages, bf16, and nothing that leaves the device."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from test_stages import path_of, suite_of
+
+from rlhf_ray.engine.loaded_model import EngineSettings
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.engine.training import batch_order, make_optimizer, train_steps
+from rlhf_ray.operations import OptimizerName, Train
+from rlhf_ray.outcomes import Outcome, StageRequest
+from rlhf_ray.tree.stage_tree import LocalStages
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CPU = EngineSettings(device="cpu", val_size=10, probe_size=6)
+CUDA = dataclasses.replace(CPU, device="cuda") if torch.cuda.is_available() else CPU
+WITHOUT_DROPOUT = ("cnn2", "cnn4", "lstm", "transformer_plain", "unet", "resnet18")
+REQUEST = StageRequest(task="task", path=path_of((0,), (1,), (0, 1)))
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def stages_of(name: str, settings: EngineSettings) -> LocalStages:
+    case = zoo.CASES["torch_transformer" if name == "transformer_plain" else name]
+    if name == "transformer_plain":
+        case = dataclasses.replace(case, model=lambda: zoo.TorchTransformer(dropout=0.0))
+    return LocalStages(Engine(suite_of(case), settings))
+
+
+def carried_out(stages: LocalStages) -> tuple[Outcome, dict[str, torch.Tensor]]:
+    return stages.outcome(REQUEST).outcome, stages.state_dict(REQUEST)
+
+
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)  # its masks are drawn on the device
+def test_stages_on_cuda_are_those_on_the_cpu(name: str) -> None:
+    (cuda, weights), (cpu, expected) = (carried_out(stages_of(name, s)) for s in (CUDA, CPU))
+    assert cuda.loss == pytest.approx(cpu.loss, rel=1e-2)
+    assert (cuda.flops, cuda.key) == (cpu.flops, cpu.key)
+    for key, value in expected.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+def test_bf16_trains_fp32_weights_close_to_those_of_fp32(name: str) -> None:
+    half = stages_of(name, dataclasses.replace(CUDA, precision="bf16"))
+    (found, weights), (full, _) = carried_out(half), carried_out(stages_of(name, CUDA))
+    assert found.loss == pytest.approx(full.loss, rel=0.1)
+    assert found.key != full.key
+    assert all(v.dtype == torch.float32 for v in weights.values() if v.is_floating_point())
+
+
+def test_bf16_ends_before_the_loss() -> None:
+    half = stages_of("cnn4", dataclasses.replace(CUDA, precision="bf16"))
+    loaded = half.engine._loaded  # type: ignore[attr-defined]
+    with torch.no_grad():
+        data = loaded.data(suite_of(zoo.CASES["cnn4"]).train_tasks[0], "val")
+        with loaded.autocast():
+            kept = loaded.plan.forward(data.values, 0, 2)
+        assert {value.dtype for value in kept.values()} == {torch.bfloat16}
+        assert loaded.output(kept, 2).dtype == torch.float32
+
+
+def test_data_and_weights_lie_on_the_device_and_states_on_the_cpu() -> None:
+    stages = stages_of("cnn4", CUDA)
+    _, weights = carried_out(stages)
+    loaded = stages.engine._loaded  # type: ignore[attr-defined]
+    assert {value.device.type for value in loaded.state.values()} == {CUDA.device}
+    for data in loaded._splits.values():
+        assert {v.device.type for v in (*data.values.values(), data.targets)} == {CUDA.device}
+    assert {value.device.type for value in weights.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_steps_never_wait_for_the_device(optimizer: OptimizerName) -> None:
+    model = torch.nn.Linear(6, 4, device=CUDA.device)
+    x, y = torch.randn(32, 6, device=CUDA.device), torch.arange(32, device=CUDA.device) % 4
+    settings = Train(name="train", learning_rate=1e-2, optimizer=optimizer)
+    order = batch_order(32, 6, 8, torch.Generator().manual_seed(0), device=x.device)
+    made = make_optimizer(optimizer, dict(model.named_parameters()), 1e-2)
+
+    def steps(n: int) -> torch.Tensor:
+        batches = (next(order) for _ in range(n))
+        return train_steps(
+            settings,
+            optimizer=made,
+            batches=batches,
+            forward=lambda index: model(x.index_select(0, index)),
+            loss=F.cross_entropy,
+            targets=y,
+        )
+
+    steps(2)  # libraries are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = steps(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.isfinite().all()
