@@ -36,7 +36,7 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 from rlhf_ray.algorithms.env_runner import EnvFactory, NumberedEpisodesRunner
 from rlhf_ray.algorithms.modules import level_of_agent
 from rlhf_ray.algorithms.settings import AlgorithmSettings
-from rlhf_ray.errors import InputError, RlhfRayError, unknown_name
+from rlhf_ray.errors import InputError, LostProcessError, RlhfRayError, unknown_name
 
 FINAL_LEARNING_RATE = 0.1
 """Learning rate at a trial's end, as a part of the one at its start."""
@@ -141,7 +141,7 @@ class HandoverAlgorithm(Algorithm):
         )
         numbers = [episode.custom_data["episode"] for episode in episodes]
         if numbers != list(range(start, stop)):
-            raise RlhfRayError(
+            raise LostProcessError(
                 f"every episode from {start} to {stop - 1} must come back, got {numbers}. "
                 "A process that plays them was lost; run again."
             )

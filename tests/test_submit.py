@@ -1,0 +1,519 @@
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from sweep_files import write_sweep
+
+from rlhf_ray import submit
+from rlhf_ray.errors import InputError, RlhfRayError, StorageError
+from rlhf_ray.storage import open_storage
+from rlhf_ray.submission import archive, job, staging
+from rlhf_ray.submission.staging import MB
+
+TESTS = Path(__file__).parent
+TOKEN = "a-token-of-the-tests-that-nobody-may-see"
+
+
+# -- what is uploaded ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A user's folder with a suite, and with what must stay there."""
+    files = {
+        "sensors.py": "", "own/__init__.py": "", "own/suites.py": "", "own/data/rates.csv": "1",
+        "own/__pycache__/suites.pyc": "", "own/.secret": "", ".git/config": "", ".env": "KEY=1",
+        "data/images.bin": "1", "rlhf_runs/tree/a.json": "", "notes/a.txt": "a",
+    }  # fmt: skip
+    for name, text in files.items():
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def staged(tmp_path: Path, **given) -> set[str]:
+    """Names of the files that were staged besides this package's."""
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    staging.stage(folder, **given)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in names if not name.startswith(("rlhf_ray/", "rlhf_ray-"))}
+
+
+def test_stage_holds_the_package_and_its_metadata(tmp_path) -> None:
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    done = staging.stage(folder, suite="digits")
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert {"rlhf_ray/launch.py", "rlhf_ray/report/templates/page.html"} <= set(names)
+    assert not [name for name in names if "__pycache__" in name or "/." in name]
+    assert done.n_files == len(names)
+    # the version can be told where the package is not installed
+    code = "from importlib.metadata import version; print(version('rlhf_ray'))"
+    told = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == version("rlhf_ray")
+
+
+@pytest.mark.usefixtures("project")
+def test_stage_takes_the_suite_and_nothing_else(tmp_path) -> None:
+    assert staged(tmp_path, suite="sensors:suite") == {"sensors.py"}
+
+
+@pytest.mark.usefixtures("project")
+def test_stage_takes_the_whole_package_of_a_suite(tmp_path) -> None:
+    expected = {"own/__init__.py", "own/suites.py", "own/data/rates.csv"}
+    assert staged(tmp_path, suite="own.suites:suite") == expected
+
+
+def test_stage_leaves_out_git_data_and_storage_even_when_all_is_included(tmp_path, project) -> None:
+    names = staged(tmp_path, include=["."], leave_out=[project / "data"])
+    assert names == {
+        "sensors.py", "own/__init__.py", "own/suites.py", "own/data/rates.csv", "notes/a.txt",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("project")
+def test_stage_refuses_what_is_missing_outside_or_too_large(tmp_path) -> None:
+    with pytest.raises(InputError, match="no module 'nowhere'"):
+        staging.stage(tmp_path / "a", suite="nowhere.at:all")
+    with pytest.raises(InputError, match="in the current folder"):
+        staging.stage(tmp_path / "b", include=["../other"])
+    with pytest.raises(InputError, match="must be a file or folder that exists"):
+        staging.stage(tmp_path / "c", include=["absent"])
+    Path("notes/big.bin").write_bytes(bytes(3 * MB))
+    with pytest.raises(InputError, match=r"at most 2 MB .* got .* most of it notes/big.bin \(3"):
+        staging.stage(tmp_path / "d", include=["notes"], limit_bytes=2 * MB)
+
+
+@pytest.mark.usefixtures("project")
+def test_stage_says_which_suite_the_cluster_must_have(tmp_path) -> None:
+    (tmp_path / "staged").mkdir()
+    assert staging.stage(tmp_path / "staged", suite="json:loads").elsewhere == "json"
+
+
+def test_pinned_are_the_versions_of_this_machine_but_for_ray() -> None:
+    pins = staging.pinned()
+    assert f"torch=={version('torch').partition('+')[0]}" in pins
+    assert not [pin for pin in pins if pin.startswith(("ray", "pytest", "ruff"))]
+
+
+# -- what runs there -------------------------------------------------------------------------------
+
+
+def test_entrypoint_survives_the_shell() -> None:
+    flags = ["--suite", "own:suite", "--name", "it's; $(touch x)", "--gamma", "0.9", "0.99"]
+    command = job.entrypoint({"python": "3.11"}, flags)
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "rlhf_ray.submission.job"]
+    assert words[3:] == ["python=3.11", "--", *flags]
+    shown = subprocess.run(
+        ["sh", "-c", command.replace("python", "printf '%s\\n'", 1)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.splitlines()[-len(flags) :] == flags
+
+
+def test_job_refuses_other_versions(capsys) -> None:
+    expected = {**staging.versions_here(), "torch": "1.0"}
+    assert job.main([f"{name}={number}" for name, number in expected.items()] + ["--"]) == 2
+    assert re.search(r"torch \S+ there and 1.0 here", capsys.readouterr().err)
+    job.check_versions(staging.versions_here())
+
+
+def test_job_names_its_sweep(monkeypatch, capsys) -> None:
+    def launched(flags, *, on_sweep):
+        on_sweep("/shared/runs/digits-1/")
+        return 3
+
+    monkeypatch.setattr("rlhf_ray.launch.main", launched)
+    assert job.main(["--", "--suite", "digits"]) == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert job.sweep_in(line) == "digits-1"
+    for bad in ("rlhf_ray sweep: ..", "rlhf_ray sweep: a/b", "rlhf_ray sweep: ", f" {line}"):
+        assert job.sweep_in(bad) is None
+
+
+# -- what comes back -------------------------------------------------------------------------------
+
+
+def test_sweep_comes_back_whole_without_pickles_and_tree(tmp_path) -> None:
+    summary = write_sweep(tmp_path / "there")
+    for name in ("small-1/tune/tuner.pkl", "small-1/lock.json", "tree/a/b.json"):
+        path = tmp_path / "there" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    files = archive.read_sweep(open_storage(tmp_path / "there"), "small-1", MB)
+    log = "\n".join(["Running entrypoint", *archive.as_text(files), "bye"])
+    assert max(map(len, log.splitlines())) <= 20_000
+    archive.write_sweep(tmp_path / "here", archive.from_text(log, MB))
+    assert json.loads((tmp_path / "here/summary.json").read_text()) == summary
+    found = {p.relative_to(tmp_path / "here").as_posix() for p in (tmp_path / "here").rglob("*.*")}
+    assert "trials/000-abcdef/trial.json" in found
+    assert not {name for name in found if "pkl" in name or "lock" in name or "tree" in name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../out", "/etc/out", "a/../../out", "..\\out", "a/./../../out", "tune/a.pkl", "model.PT", ""],
+)
+def test_fetched_file_cannot_leave_its_folder(tmp_path, name) -> None:
+    with pytest.raises(InputError, match="must lie in its folder and be no pickle"):
+        archive.write_sweep(tmp_path / "here", {"good.json": b"{}", name: b"x"})
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_fetched_file_does_not_follow_a_link_out(tmp_path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/trials").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="must lie in its folder"):
+        archive.write_sweep(tmp_path / "here", {"trials/a.json": b"{}"})
+
+
+def test_cut_or_altered_archive_is_refused() -> None:
+    lines = list(archive.as_text({"a.json": b"{}" * 9000}))
+    for bad in (lines[:-1], lines[1:], [lines[0], lines[1][:-4], lines[-1]], ["no archive"]):
+        with pytest.raises(StorageError, match="arrive whole"):
+            archive.from_text("\n".join(bad), MB)
+
+
+def test_fetch_is_bounded(tmp_path) -> None:
+    write_sweep(tmp_path)
+    with pytest.raises(InputError, match=r"at most 0.0001 MB \(--max-fetch-mb\)"):
+        archive.read_sweep(open_storage(tmp_path), "small-1", 100)
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a.json", bytes(5 * MB))
+    data = bomb.getvalue()
+    digest = hashlib.sha256(data).hexdigest()
+    begin, *_, end = archive.as_text({})
+    log = "\n".join([begin[:-64] + digest, base64.b64encode(data).decode(), end])
+    with pytest.raises(InputError, match="at most 1 MB"):
+        archive.from_text(log, MB)
+
+
+def test_fetch_of_no_sweep_says_so(tmp_path, capsys) -> None:
+    assert archive.main([str(tmp_path), "absent", str(MB)]) == 2
+    assert "a sweep must be there" in capsys.readouterr().err
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "flags must follow --"),
+        (["--adress", "http://a"], "Did you mean '--address'"),
+        (["--", "--storage-path", "/s", "--gama", "1"], "Did you mean '--gamma'"),
+        (["--", "--suite", "digits"], "absolute path that all nodes share"),
+        (["--", "--storage-path", "runs"], "absolute path that all nodes share"),
+        (["--", "--storage-path", "s3://KEY:SECRET@bucket/x"], "must hold no key"),
+        (["--", "--storage-path", "/s", "--address", "auto"], "must stand before --"),
+        (["--follow", "a", "--", "--suite", "digits"], "without flags after --"),
+        (["--follow", "a", "--stop", "a"], "one of --follow and --stop"),
+        (["--detach", "--fetch", "d", "--", "--storage-path", "/s"], "without detach"),
+        (["--max-upload-mb", "0", "--", "--storage-path", "/s"], "max_upload_mb must be > 0"),
+        (["--address", "head:8265", "--follow", "a"], "Write http://HEAD:8265"),
+        (["--address", "http://u:SECRET@head:8265", "--follow", "a"], "without user or password"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_sent(arguments, message, capsys) -> None:
+    assert submit.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "SECRET" not in said
+
+
+def test_address_comes_from_the_flag_then_the_environment() -> None:
+    there = {"RAY_API_SERVER_ADDRESS": "https://ray.example.com/"}
+    assert submit.checked_address("http://head:8265", there) == "http://head:8265"
+    assert submit.checked_address(None, there) == "https://ray.example.com"
+    assert submit.checked_address(None, {}) == "http://127.0.0.1:8265"
+
+
+def test_cluster_that_does_not_answer_is_named(capsys) -> None:
+    pytest.importorskip("aiohttp", reason="needs the extra 'cluster'")
+    with socket.socket() as taken:  # bound, not listening: nobody else can answer there
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert submit.main(["--address", address, "--follow", "a"]) == 2
+    assert f"got no answer from {address}" in capsys.readouterr().err
+
+
+# -- following -------------------------------------------------------------------------------------
+
+
+class FlakyClient:
+    """A job's log, through connections that break; a head that is away for a while."""
+
+    def __init__(self, log: str, *, status: str, code: int | None, breaks: list[int]) -> None:
+        self.log, self.status, self.code, self.breaks = log, status, code, breaks
+        self.away = 1
+
+    async def tail_job_logs(self, job):
+        end = self.breaks.pop(0) if self.breaks else len(self.log)
+        for start in range(0, end, 7):
+            yield self.log[start : min(start + 7, end)]
+        if self.breaks:
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_info(self, job):
+        from ray.job_submission import JobStatus
+
+        if self.breaks or self.away:
+            self.away = 0
+            raise ConnectionError("Failed to connect")
+        return types.SimpleNamespace(
+            status=JobStatus(self.status), driver_exit_code=self.code, message="no\nnode"
+        )
+
+    def get_job_logs(self, job):
+        return self.log
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", 3, 3), ("FAILED", 130, 130),
+        ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 130),
+    ],
+)  # fmt: skip
+def test_follow_shows_each_character_once_and_passes_the_status_on(
+    monkeypatch, status, code, expected
+) -> None:
+    pytest.importorskip("aiohttp", reason="needs the extra 'cluster'")
+    from rlhf_ray.submission import cluster
+
+    monkeypatch.setattr(cluster, "RETRY_S", 0.0)
+    log = "".join(f"line {i} of the log\n" for i in range(20))
+    client = FlakyClient(log, status=status, code=code, breaks=[30, 100, 50])
+    shown: list[str] = []
+    ended = cluster.follow(client, "a", shown.append)
+    assert "".join(shown) == log
+    assert ended.status == expected
+    assert ended.reason == ("no node" if expected == 1 else "stopped" * (status == "STOPPED"))
+
+
+def test_follow_gives_up_when_the_cluster_is_gone(monkeypatch) -> None:
+    pytest.importorskip("aiohttp", reason="needs the extra 'cluster'")
+    from rlhf_ray.submission import cluster
+
+    monkeypatch.setattr(cluster, "RETRY_S", 0.0)
+    monkeypatch.setattr(cluster, "GIVE_UP_S", 0.0)
+    client = FlakyClient("a", status="FAILED", code=1, breaks=[0] * 9)
+    with pytest.raises(RlhfRayError, match="--follow a once the cluster can be reached"):
+        cluster.follow(client, "a", lambda text: None)
+
+
+# -- on a cluster ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Cluster:
+    """Two nodes of this machine, token authentication on."""
+
+    address: str
+    gcs: str
+    environment: dict[str, str]
+
+    def joins(self, token: str) -> bool:
+        """Whether a node that knows another token is let in; it is ended either way."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", self.gcs],
+            env={**self.environment, "RAY_AUTH_TOKEN": token},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(120) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def submit(self, *arguments: str, cwd: Path, timeout_s: float = 420, **changed: str):
+        return subprocess.run(
+            [sys.executable, "-m", "rlhf_ray.submit", "--address", self.address, *arguments],
+            cwd=cwd,
+            env={**self.environment, **changed},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def node(*arguments: str, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
+    """A Ray node while the body runs; ends the processes of its own session, and no others."""
+    import ray  # noqa: F401, I001  # carries psutil with it
+    import psutil
+
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments],
+            env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        started = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            top = psutil.Process(process.pid)
+            started = [*top.children(recursive=True), top]
+            top.terminate()  # --block: ends what it started
+        for left in psutil.wait_procs(started, timeout=20)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    pytest.importorskip("aiohttp", reason="needs the extra 'cluster'")
+    home = tmp_path_factory.mktemp("ray")  # its own ~/.ray; sockets need a short path
+    bin_ = str(Path(sys.executable).parent)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    token = home / "token"
+    token.write_text(TOKEN)
+    environment = kept | {
+        "HOME": str(home), "PATH": f"{bin_}:{kept['PATH']}", "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+    }  # fmt: skip
+    gcs, dashboard = free_port(), free_port()
+    shared = ["--num-cpus", "2", "--object-store-memory", str(100 * 2**20)]
+    head = [
+        "--head", "--port", str(gcs), "--include-dashboard", "true", "--dashboard-host",
+        "127.0.0.1", "--dashboard-port", str(dashboard), "--node-ip-address", "127.0.0.1",
+        "--temp-dir", str(home / "h"), "--ray-client-server-port", str(free_port()),
+        "--dashboard-agent-listen-port", str(free_port()), *shared,
+    ]  # fmt: skip
+    second = [
+        "--address", f"127.0.0.1:{gcs}", "--node-ip-address", "127.0.0.1",
+        # in one session folder two nodes of one machine delete each other's working directories
+        "--temp-dir", str(home / "w"),
+        "--dashboard-agent-listen-port", str(free_port()), *shared,
+    ]  # fmt: skip
+    with node(*head, environment=environment, log=home / "head.log") as process:
+        wait_for(dashboard, process, home / "head.log")
+        with node(*second, environment=environment, log=home / "second.log"):
+            yield Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment)
+
+
+def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 240  # seconds on a quiet machine
+    while time.monotonic() < end:
+        assert process.poll() is None, (
+            f"ray start ended with {process.returncode}: {log.read_text()}"
+        )
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"no answer on port {port}: {log.read_text()}")
+
+
+FLAGS = (
+    "--suite", "own:suite", "--gamma", "0.9", "--epsilon", "0.2", "--tuning-cost-weight", "0.05",
+    "--switch-cost-weight", "0.01", "--episodes", "2", "--horizon", "2", "--judge-replicas", "1",
+    "--num-workers", "2", "--steps", "2", "--concurrent-trials", "1",
+)  # fmt: skip
+
+
+OWN = """
+import rlhf_ray
+from sweep_files import small_suite as suite
+
+assert "working_dir_files" in rlhf_ray.__file__, rlhf_ray.__file__  # what was uploaded
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_sweep_on_a_cluster_from_submit_to_fetched_results(cluster: Cluster, tmp_path) -> None:
+    project, storage = tmp_path / "project", tmp_path / "shared"
+    project.mkdir()
+    (project / "own.py").write_text(OWN)
+    (project / "sweep_files.py").write_text((TESTS / "sweep_files.py").read_text())
+    launch_flags = ("--", *FLAGS, "--storage-path", str(storage))
+
+    def submitted(*arguments: str, **changed: str):
+        return cluster.submit(*arguments, cwd=project, **changed)
+
+    stranger = submitted("--follow", "a", RAY_AUTH_MODE="disabled")
+    assert stranger.returncode == 2, stranger.stderr
+    assert "must be given its token" in stranger.stderr
+    assert not cluster.joins("another-token")
+    unknown = submitted("--follow", "absent")
+    assert unknown.returncode == 2
+    assert "a job of the cluster" in unknown.stderr
+
+    name = begin_and_leave(cluster, project, ("--include", "sweep_files.py", *launch_flags))
+    done = submitted("--follow", name, "--fetch", "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Methods on the test tasks" in done.stdout
+
+    (fetched,) = (project / "results").iterdir()
+    summary = json.loads((fetched / "summary.json").read_text())
+    assert summary == json.loads((storage / fetched.name / "summary.json").read_text())
+    assert {"policy", "full_best"} <= set(summary["methods"])
+    assert (fetched / "best_policy/policy.safetensors").is_file()
+    assert not list((project / "results").rglob("*.pkl"))
+    assert f"{storage}/{fetched.name}" in done.stdout
+
+    refused = submitted(*launch_flags)  # the suite needs a file that was not included
+    assert (refused.returncode, "No module named 'sweep_files'" in refused.stdout) == (2, True)
+
+    more = ("--episodes", "4000", "--name", "endless")
+    began = submitted("--detach", "--include", "sweep_files.py", *launch_flags, *more)
+    (endless,) = re.findall(r"^job +(\S+)", began.stdout, re.MULTILINE)
+    assert submitted("--stop", endless).returncode == 0
+    stopped = submitted("--follow", endless)
+    assert stopped.returncode == 130
+
+    said = [run.stdout + run.stderr for run in (stranger, unknown, done, refused, began, stopped)]
+    assert not [text for text in said if TOKEN in text]
+
+
+def begin_and_leave(cluster: Cluster, project: Path, arguments: tuple[str, ...]) -> str:
+    """Submits, leaves by Ctrl-C when the job has begun; returns the job's name."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_ray.submit", "--address", cluster.address, *arguments],
+        cwd=project, env=cluster.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    said = ""
+    while "loading torch" not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    (name,) = re.findall(r"^job +(\S+)", said, re.MULTILINE)
+    assert process.returncode == 130
+    assert f"{name} runs on" in rest
+    return name
