@@ -90,6 +90,8 @@ class Train(Operation):
         optimizer: "adam" or "sgd" (momentum 0.9).
         keep_optimizer_state: go on with the state of the level's last stage, or start it anew.
         level_scales: factor on the learning rate per trained level, ascending; None: 1 for all.
+        l2_sp: pull towards the pretrained weights, >= 0: l2_sp / 2 times the squared distance is
+            added to the loss (L2-SP, Li et al. 2018).
     """
 
     learning_rate: float
@@ -99,6 +101,7 @@ class Train(Operation):
     optimizer: OptimizerName = "adam"
     keep_optimizer_state: bool = True
     level_scales: tuple[float, ...] | None = None
+    l2_sp: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -112,6 +115,8 @@ class Train(Operation):
                              f"steps={self.steps}, batch_size={self.batch_size}.")  # fmt: skip
         if self.optimizer not in ("adam", "sgd"):
             raise InputError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}.")
+        if not 0 <= self.l2_sp < math.inf:
+            raise InputError(f"l2_sp must be >= 0, got l2_sp={self.l2_sp}.")
 
     def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
         """The acting level, it and those above, or all: by scope."""
@@ -124,11 +129,13 @@ class Train(Operation):
         return n_train if self.steps is None else self.steps * self.batch_size
 
     def settings(self) -> dict[str, Any]:
-        """All fields but name, scope and absent scales."""
+        """All fields but name, scope, absent scales and an absent pull."""
         # Which levels are trained stands in the path: "up" at the bottom is "all", and shares it.
         found = {key: value for key, value in Operation.settings(self).items() if key != "scope"}
         if self.level_scales is None:
             del found["level_scales"]
+        if not self.l2_sp:
+            del found["l2_sp"]
         return found
 
     def run(self, session: StageSession) -> None:

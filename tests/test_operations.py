@@ -79,7 +79,7 @@ def test_settings_identify_the_effect_and_not_the_name() -> None:
     assert base.settings() == replace(base, scope="all").settings()  # the path holds the levels
     for change in (
         {"learning_rate": 2e-3}, {"steps": None}, {"batch_size": 8}, {"optimizer": "sgd"},
-        {"keep_optimizer_state": False}, {"level_scales": (1.0, 0.5)},
+        {"keep_optimizer_state": False}, {"level_scales": (1.0, 0.5)}, {"l2_sp": 0.1},
     ):  # fmt: skip
         assert replace(base, **change).settings() != base.settings()
     json.dumps(base.settings())

@@ -121,7 +121,7 @@ class LoadedModel:
         self._channels_last = settings.channels_last and self._takes_channels_last(example)
         self.parameters = dict(self.model.named_parameters())
         self.state = dict(self.model.state_dict(keep_vars=True))
-        self._pretrained = {name: value.detach().clone() for name, value in self.state.items()}
+        self.pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
         self._activations = ActivationCache(settings.cache_bytes)
         self._splits: dict[tuple[str, str], SplitData] = {}
@@ -158,7 +158,7 @@ class LoadedModel:
             if self._loaded[level] == version:
                 continue
             if version == PRETRAINED:
-                weights = self._pretrained
+                weights = self.pretrained
             else:
                 assert load is not None
                 weights = load(version, level).weights

@@ -86,6 +86,7 @@ class Session:
                 forward=forward,
                 loss=self.task.loss,
                 targets=data.targets,
+                anchors={p: loaded.pretrained[name] for name, p in parameters.items()},
             )
         self._losses.append(losses)
         if settings.keep_optimizer_state:

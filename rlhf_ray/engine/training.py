@@ -97,6 +97,7 @@ def train_steps(
     forward: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     targets: Tensor,
+    anchors: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> Tensor:
     """Carries out the steps.
 
@@ -107,16 +108,22 @@ def train_steps(
         forward: indices -> outputs.
         loss: (outputs, targets) -> scalar.
         targets: of the whole split, on the device.
+        anchors: where `settings.l2_sp` pulls parameters to; needed if that is not 0.
 
     Returns:
         The loss of every step, float32 (K,), on the device: reading it is left to the caller, so
         that steps are not held up by a transfer.
     """
     losses = []
+    pulled = anchors if anchors and settings.l2_sp else {}
     for index in batches:
         optimizer.zero_grad(set_to_none=True)
         value = loss(forward(index), targets[index])
         value.backward()
+        with torch.no_grad():
+            for parameter, anchor in pulled.items():
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - anchor, alpha=settings.l2_sp)
         optimizer.step()
         losses.append(value.detach().float())
     optimizer.zero_grad(set_to_none=True)

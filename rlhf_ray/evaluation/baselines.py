@@ -4,6 +4,7 @@ One small function per baseline; it chooses its learning rate and length on the 
 back how it fine-tunes a task. The test tasks are met once, when all have chosen.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,6 +38,10 @@ ALWAYS = ("fixed", "full", "full_best", "head", "random")
 
 PATIENCE = 2
 """Stages without a better val metric after which early stopping stops."""
+
+
+PULLS = (1e-3, 1e-2, 1e-1)
+"""Strengths of L2-SP that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +252,23 @@ def auto_rgn(bench: Bench) -> Chosen:
     )
 
 
+def l2_sp(bench: Bench) -> Chosen:
+    """All levels, pulled towards the pretrained weights (Li et al. 2018)."""
+    levels = range(bench.spec.n_levels)
+    candidates = []
+    for pull, rate in itertools.product(PULLS, _rates(bench, levels)):
+        step = _train(bench, rate, levels)
+        assert isinstance(step.operation, Train)
+        operation = replace(step.operation, l2_sp=pull)
+        candidates.append(
+            Candidate(
+                settings={"learning_rate": rate, "l2_sp": pull},
+                path=_always([StageStep(operation=operation, levels=step.levels)] * bench.horizon),
+            )
+        )
+    return _chosen(bench, candidates)
+
+
 def optimum(bench: Bench) -> Chosen:
     """Per task the best of all paths of up to 3 stages, by utility on val: knows by hindsight."""
 
@@ -268,6 +290,7 @@ BASELINES: dict[str, Baseline] = {
     "gradual_last_first": gradual_last_first,
     "gradual_first_last": gradual_first_last,
     "auto_rgn": auto_rgn,
+    "l2_sp": l2_sp,
     "optimum": optimum,
 }
 """Name -> baseline; besides, there is `level:<name>` for every level."""

@@ -121,3 +121,23 @@ def test_scales_multiply_the_step_size() -> None:
     optimizer.step()
     assert parameters["a"].item() == pytest.approx(0.9)
     assert parameters["b"].item() == pytest.approx(0.95)
+
+
+def test_l2_sp_is_the_gradient_of_the_squared_distance() -> None:
+    (model, x, y), (plain, _, _) = setting(), setting()
+    anchors = {p: torch.zeros_like(p) for p in model.parameters()}
+    batch = next(batch_order(24, 1, 8, generator()))
+    train_steps(
+        Train(name="t", learning_rate=0.1, optimizer="sgd", l2_sp=0.3),
+        optimizer=make_optimizer("sgd", dict(model.named_parameters()), 0.1),
+        batches=iter([batch]),
+        forward=lambda index: model(x[index]),
+        loss=F.cross_entropy,
+        targets=y,
+        anchors=anchors,
+    )
+    distance = torch.stack([p.square().sum() for p in plain.parameters()]).sum()
+    (F.cross_entropy(plain(x[batch]), y[batch]) + 0.3 / 2 * distance).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
