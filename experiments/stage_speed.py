@@ -109,7 +109,7 @@ PARTS = {
 
 HEADER = """\
 Seconds of a stage in the plain PyTorch loop over those in the engine. *First*: a task's first
-stage, all caches empty; *later*: from a prefix that is cached, as all but the first are. *Together*:
+stage, caches empty; *later*: from a cached prefix, as all but the first are. *Together*:
 mean seconds; ratio of the means, then geometric mean of the levels' ratios. How it is measured
 stands in stage_speed.py.
 """
