@@ -1,6 +1,6 @@
 """How a sweep's stages stand, for Ray's dashboard and whatever scrapes Ray's metrics.
 
-Gauges, tagged with the sweep's name, as the tree's actor counts them since it last started:
+Gauges, tagged with the sweep's name, as the tree's actor counts them:
 
     rlhf_ray_stages_executed    stages carried out
     rlhf_ray_stages_in_flight   stages being carried out: busy workers

@@ -83,6 +83,7 @@ class SearchConfig:
         storage_path: where everything durable goes: a folder or a URI that pyarrow.fs opens.
         name: of the sweep's folder; None: made from suite and configuration.
         address: of a running Ray cluster; None: one that is running here, or a local one.
+        dashboard: switch Ray's dashboard on, on 127.0.0.1, where a local Ray is started.
         num_workers: actors that carry out stages, >= 1; "auto": one per core, or per GPU.
         cpus_per_worker: cores each reserves, > 0.
         gpus_per_worker: GPUs each reserves, >= 0; a fraction shares one.
@@ -92,6 +93,8 @@ class SearchConfig:
         share: carry every stage out once for the whole sweep; False: every time it is asked for.
         prefill: carry out the whole tree to this depth first, 0 to 3.
         replay_only: carry out nothing new; a stage that is not in the tree is an error.
+        mlflow: tracking URI of an MLflow server, or a folder: trials are logged there too.
+        wandb: project of Weights & Biases: trials are logged there too.
         rllib: any setting of RLlib's algorithm by name.
     """
 
@@ -132,6 +135,7 @@ class SearchConfig:
     storage_path: str = "./rlhf_runs"
     name: str | None = None
     address: str | None = None
+    dashboard: bool = False
     num_workers: int | Literal["auto"] = "auto"
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
@@ -141,6 +145,8 @@ class SearchConfig:
     share: bool = True
     prefill: int = 0
     replay_only: bool = False
+    mlflow: str | None = None
+    wandb: str | None = None
     rllib: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -222,7 +228,7 @@ class SearchConfig:
         elsewhere = {
             "storage_path", "name", "address", "num_workers", "cpus_per_worker",
             "gpus_per_worker", "concurrent_trials", "cache_gb", "weights_gb", "baselines",
-            "device", "replay_only",
+            "device", "replay_only", "dashboard", "mlflow", "wandb",
         }  # fmt: skip
         return digest({k: v for k, v in self.as_json().items() if k not in elsewhere})
 

@@ -51,10 +51,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "judging": ("utility_cost", "utility_switch", "baselines", "val_size", "judge_replicas"),
     "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),
     "cluster": (
-        "address", "num_workers", "cpus_per_worker", "gpus_per_worker", "concurrent_trials",
-        "stages_in_flight", "env_runners", "device", "precision", "cache_gb",
+        "address", "dashboard", "num_workers", "cpus_per_worker", "gpus_per_worker",
+        "concurrent_trials", "stages_in_flight", "env_runners", "device", "precision", "cache_gb",
     ),
-    "output": ("max_minutes", "list", "dry_run", "json", "quiet", "version"),
+    "output": ("mlflow", "wandb", "max_minutes", "list", "dry_run", "json", "quiet", "version"),
 }  # fmt: skip
 """Headings of `--help`; a field that is in none stands under "other"."""
 
@@ -192,6 +192,9 @@ def _search(
     again: str,
     on_sweep: Callable[[str], object] | None,
 ) -> tuple[dict[str, Any], int]:
+    from rlhf_ray.trackers import check_extras
+
+    check_extras(config)
     _check_storage(config.storage_path)
     terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
     suite = suite_options.load(_pretrained_at(config.storage_path), terminal.message)
@@ -209,6 +212,7 @@ def _search(
         suite, config, fresh=options.fresh, max_minutes=options.max_minutes, progress=terminal
     )
     terminal.end_phase()
+    _complete_page(result, suite_options, config, terminal)
     _show_result(terminal, result, suite_options, config)
     waiting = sum(trial["status"] == "waiting" for trial in result.trials)
     if waiting:
@@ -246,6 +250,7 @@ def _show_result(
         stages_account,
         trials_table,
     )
+    from rlhf_ray.report.page import PAGE_FILE
 
     about = result.sweep["metric"]
     metric = str(about["name"])
@@ -269,10 +274,12 @@ def _show_result(
         terminal.say(comparison(methods, metric=metric, higher_is_better=better))
     if "stages" in result.summary:
         terminal.message(stages_account(result.summary["stages"]))
+    if not methods and len(result.failures) == len(result.trials):
+        terminal.say("No trial ended well: there is no policy.")
+    page = f"{result.directory}/{PAGE_FILE}"
+    terminal.show_lines("", "Results page, to open in a browser:", f"  {page}")
     if methods:
         _show_next_steps(terminal, result, options, config)
-    elif len(result.failures) == len(result.trials):
-        terminal.say("No trial ended well: there is no policy.")
 
 
 def _show_next_steps(
@@ -284,22 +291,37 @@ def _show_next_steps(
     directory = str(result.directory)
     rows = result.summary.get("rows", [])
     task = str(next((row["task"] for row in rows if row["method"] == "policy"), "TASK"))
-    given = SuiteOptions() == options
-    chosen = ["--suite", options.suite] if given else options.changed_flags()
     apply = [
-        "python", "-m", "rlhf_ray.apply", "--policy", f"{directory}/{BEST_POLICY}", *chosen,
-        "--task", task, "--output", "tuned.safetensors",
+        "python", "-m", "rlhf_ray.apply", "--policy", f"{directory}/{BEST_POLICY}",
+        *_suite_flags(options), "--task", task, "--output", "tuned.safetensors",
     ]  # fmt: skip
     if config.storage_path != SearchConfig.storage_path:
         apply += ["--storage-path", config.storage_path]
     steps = {
         "TensorBoard:": ["tensorboard", "--logdir", directory],
-        "Results page:": ["python", "-m", "rlhf_ray.report", directory],
+        "Results page, live:": ["python", "-m", "rlhf_ray.report", directory, "--serve"],
         "Fine-tune one task with the policy:": apply,
     }
-    terminal.show_lines("", f"Everything is written under {directory}")
+    terminal.show_lines(f"Everything is written under {directory}")
     for what, command in steps.items():
         terminal.show_lines(what, *(f"  {line}" for line in copyable(command)))
+
+
+def _complete_page(
+    result: "SearchResult", options: SuiteOptions, config: SearchConfig, terminal: Terminal
+) -> None:
+    """The page's command names the suite as this one was given it, which `search` cannot know."""
+    from rlhf_ray.report.gathering import SUITE_FLAGS_FILE
+    from rlhf_ray.report.live import LivePage
+    from rlhf_ray.storage import open_storage
+
+    storage = open_storage(config.storage_path)
+    storage.write_json(f"{result.name}/{SUITE_FLAGS_FILE}", {"flags": _suite_flags(options)})
+    LivePage(storage, result.name, terminal).write()
+
+
+def _suite_flags(options: SuiteOptions) -> list[str]:
+    return options.changed_flags() or ["--suite", options.suite]
 
 
 # -- input -----------------------------------------------------------------------------------------

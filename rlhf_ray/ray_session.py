@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import get_webui_url_from_internal_kv
 
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.engine.stages import Engine
@@ -47,14 +48,17 @@ def concurrent_trials(config: SearchConfig) -> int:
 
 
 @contextmanager
-def running_ray(config: SearchConfig) -> Iterator[None]:
+def running_ray(config: SearchConfig) -> Iterator[str | None]:
     """Ray for the body: the one this process has, the one at `address`, or a local one.
+
+    Yields:
+        Where its dashboard is; None where that is off.
 
     Raises:
         InputError: no cluster answers at the address.
     """
     if ray.is_initialized():
-        yield
+        yield _dashboard()
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -74,15 +78,20 @@ def running_ray(config: SearchConfig) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=math.ceil(workers + trials),
-                include_dashboard=False,
+                include_dashboard=config.dashboard,
                 **quiet,
             )
     try:
         if not address:
             _check_gpus(config)
-        yield
+        yield _dashboard()
     finally:
         ray.shutdown()
+
+
+def _dashboard() -> str | None:
+    address = get_webui_url_from_internal_kv()
+    return f"http://{address}" if address else None
 
 
 def _check_gpus(config: SearchConfig) -> None:

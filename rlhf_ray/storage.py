@@ -12,11 +12,12 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -45,10 +46,12 @@ class Storage:
         filesystem: any pyarrow filesystem.
         root: its folder that holds everything.
         shown: how messages name the root, free of secrets.
+        uri: it was opened from, secrets and all; "" if from none.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, root: str, shown: str) -> None:
+    def __init__(self, filesystem: fs.FileSystem, root: str, shown: str, *, uri: str = "") -> None:
         self._filesystem = filesystem
+        self._uri = uri
         self._root = root.rstrip("/") or "/"
         self.shown = shown
 
@@ -67,6 +70,30 @@ class Storage:
     def opened(self, name: str) -> tuple[fs.FileSystem, str]:
         """The pyarrow filesystem and a path on it, for other libraries that write there."""
         return self._filesystem, self._path(name)
+
+    @contextmanager
+    def keyless(self) -> Iterator[fs.FileSystem]:
+        """The filesystem, for a library that pickles it to a file: without the URI's S3 keys.
+
+        In the body they stand in this process's environment, where its S3 client finds them.
+        """
+        parts = urlsplit(self._uri)
+        if parts.scheme != "s3" or not parts.password:
+            yield self._filesystem
+            return
+        keys = {
+            "AWS_ACCESS_KEY_ID": unquote(parts.username or ""),
+            "AWS_SECRET_ACCESS_KEY": unquote(parts.password),
+        }
+        before = {name: os.environ.get(name) for name in keys}
+        os.environ |= keys
+        try:
+            bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+            yield fs.FileSystem.from_uri(urlunsplit(bare))[0]
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                os.environ |= {} if value is None else {name: value}
 
     def read_bytes(self, name: str) -> bytes | None:
         """A file's content, or None if there is none."""
@@ -238,7 +265,8 @@ def open_storage(location: str | Path, *, check: bool = False) -> Storage:
             "the storage path must be a folder or a URI that pyarrow.fs takes (s3://bucket/folder, "
             f"gs://bucket/folder), got {shown!r}{reason}."
         ) from (error if shown == text else None)
-    storage = Storage(filesystem, root, shown if "://" in text else root)
+    uri = text if "://" in text else ""
+    storage = Storage(filesystem, root, shown if uri else root, uri=uri)
     if check:
         storage.check()
     return storage

@@ -11,8 +11,8 @@ ROOT = Path(rlhf_ray.__file__).parent
 
 RAY_MODULES = {
     "cluster_metrics", "env", "ray_session", "shared_storage", "submission.cluster",
-    "sweep.search", "sweep.trial", "sweep.tuning", "tensorboard", "tree.actor", "tree.client",
-    "tree.dispatch", "tree.stage_worker", "tree.workers",
+    "sweep.search", "sweep.trial", "sweep.tuning", "tensorboard", "trackers", "tree.actor",
+    "tree.client", "tree.dispatch", "tree.stage_worker", "tree.workers",
 }  # fmt: skip
 """May import Ray, or one another, when they are imported; so may the algorithms, but for those:"""
 

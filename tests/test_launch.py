@@ -210,7 +210,8 @@ def test_a_run_shows_header_tables_comparison_and_commands(sweep, capsys):
     assert "3,840 asked for, 412 distinct; 31 s spent on them, 3 min 30 s saved" in out
     commands = [shlex.split(c) for c in out.replace("\\\n", " ").splitlines() if c[:2] == "  "]
     assert ["tensorboard", "--logdir", directory] in commands
-    assert ["python", "-m", "rlhf_ray.report", directory] in commands
+    assert [f"{directory}/report.html"] in commands
+    assert ["python", "-m", "rlhf_ray.report", directory, "--serve"] in commands
     assert [
         "python", "-m", "rlhf_ray.apply", "--policy", f"{directory}/best_policy",
         "--suite", "small:made", "--n-test-tasks", "3", "--task", "test-0",
@@ -246,7 +247,15 @@ def test_failed_trials_give_status_3_and_the_tables(sweep, capsys):
 def test_a_sweep_without_a_policy_says_so(sweep, capsys):
     sweep.written = {"failed": (0, 1, 2), "state": "failed", "methods": {}}
     assert run_main(sweep) == 3
-    assert "No trial ended well: there is no policy." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No trial ended well: there is no policy." in out
+    assert f"{sweep.storage}/small-1/report.html" in out
+
+
+def test_the_page_is_told_how_the_suite_was_given(sweep):
+    assert run_main(sweep, "--suite", "small:made", "--n-test-tasks", "3") == 0
+    told = json.loads((sweep.storage / "small-1" / "suite_flags.json").read_text())
+    assert told == {"flags": ["--suite", "small:made", "--n-test-tasks", "3"]}
 
 
 def test_a_finished_sweep_is_said_to_be_shown_again(sweep, capsys):

@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -121,3 +122,24 @@ def test_storage_pickles(tmp_path: Path) -> None:
 def test_file_uri_is_local(tmp_path: Path) -> None:
     storage = open_storage(tmp_path.as_uri(), check=True)
     assert storage.local_path("x") == tmp_path / "x"
+
+
+def test_keys_of_a_uri_are_in_no_pickle_of_a_keyless_filesystem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    options = "endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    storage = open_storage(f"s3://me:my%2Fown@bucket/runs?{options}")
+    assert b"my/own" in pickle.dumps(storage.opened("x")[0])
+    with storage.keyless() as filesystem:
+        assert b"my/own" not in pickle.dumps(filesystem)
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] == "my/own"
+        assert os.environ["AWS_ACCESS_KEY_ID"] == "me"
+    assert os.environ["AWS_ACCESS_KEY_ID"] == "other"
+    assert "AWS_SECRET_ACCESS_KEY" not in os.environ
+
+
+def test_filesystem_without_keys_is_keyless_as_it_is(storage: Storage) -> None:
+    with storage.keyless() as filesystem:
+        assert filesystem is storage.opened("x")[0]

@@ -46,7 +46,8 @@ COUNTS = "rlhf_ray_counts"
 
 OURS = {
     "batch_mode", "env", "env_config", "env_runner_cls", "exploration_config", "gamma",
-    "learner_class", "levels", "lr", "lr_schedule", "num_env_runners", "num_envs_per_env_runner",
+    "learner_class", "levels", "lr", "lr_schedule", "num_cpus_per_env_runner", "num_env_runners",
+    "num_envs_per_env_runner",
     "num_learners", "policies", "policy_mapping_fn", "rollout_fragment_length", "samples_actions",
     "seed", "settings", "shuffle_batch_per_epoch", "train_batch_size",
     "train_batch_size_per_learner",
@@ -132,9 +133,12 @@ class HandoverAlgorithm(Algorithm):
 
     def _play(self, start: int, stop: int) -> list[MultiAgentEpisode]:
         parts = self.env_runner_group.foreach_env_runner(
-            partial(NumberedEpisodesRunner.sample_between, start=start, stop=stop),
+            partial(_sampled, start=start, stop=stop),
             local_env_runner=self._settings.num_env_runners == 0,
         )
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
         episodes = sorted(
             (episode for part in parts for episode in part),
             key=lambda episode: episode.custom_data["episode"],
@@ -169,6 +173,16 @@ class HandoverAlgorithm(Algorithm):
         """Takes what `get_state` gave."""
         super().set_state({key: value for key, value in state.items() if key != COUNTS})
         self._trial_counts = dict(state.get(COUNTS, self._trial_counts))
+
+
+def _sampled(
+    runner: NumberedEpisodesRunner, start: int, stop: int
+) -> list[MultiAgentEpisode] | Exception:
+    """Errors are returned: RLlib would take a remote runner that raises for one that is lost."""
+    try:
+        return runner.sample_between(start, stop)
+    except Exception as error:
+        return error
 
 
 def _episode_metrics(episodes: list[MultiAgentEpisode]) -> dict[str, Any]:
@@ -244,6 +258,7 @@ def configure(
         env_runner_cls=NumberedEpisodesRunner,
         num_env_runners=settings.num_env_runners,
         num_envs_per_env_runner=settings.num_envs_per_runner,
+        num_cpus_per_env_runner=0,  # who starts a trial reserves for all its processes
         batch_mode="complete_episodes",
         sample_timeout_s=None,
     )

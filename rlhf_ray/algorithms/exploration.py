@@ -35,7 +35,9 @@ def epsilon_at(
     begin, end = warm_up * n_episodes, decay_fraction * n_episodes
     if episode >= end:
         return final
-    return 1.0 + max(0.0, (episode - begin) / (end - begin)) * (final - 1.0)
+    if episode <= begin:
+        return 1.0
+    return 1.0 + (episode - begin) / (end - begin) * (final - 1.0)
 
 
 def exploring_action(

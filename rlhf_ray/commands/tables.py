@@ -228,4 +228,6 @@ def _cost_ratio(own: Mapping[str, float], other: Mapping[str, float]) -> str:
     if other["cost_mean"] <= 0:
         return "a cost of its own, where that costs nothing"
     ratio = own["cost_mean"] / other["cost_mean"]
-    return f"{ratio:.0%} of its cost" if ratio < 10 else f"{ratio:.0f} times its cost"
+    if ratio < 2:
+        return f"{ratio:.0%} of its cost"
+    return f"{ratio:.1f} times its cost" if ratio < 10 else f"{ratio:.0f} times its cost"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from rlhf_ray.digests import digest
+from rlhf_ray.errors import FailedStageError
 from rlhf_ray.evaluation.rollouts import Stages, concurrently
 from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import StagePath, StageRequest, StageStep
@@ -63,6 +64,14 @@ def prefill(
         for kind in (("stage", "test") if task in reported else ("stage",))
         for replica in range(replicas)
     ]
+
+    def ask(request: StageRequest) -> None:
+        try:
+            stages.outcome(request)
+        except FailedStageError:  # a stage that failed leads to no state to report on
+            if not request.path:
+                raise
+
     progress.phase("filling the tree", total=len(requests))
-    concurrently(stages.outcome, requests, progress=lambda done, _: progress.update(done=done))
+    concurrently(ask, requests, progress=lambda done, _: progress.update(done=done))
     return len(requests)

@@ -121,5 +121,10 @@ def health(
         "in_flight": progress.get("in_flight") if running else None,
         "retried": progress.get("retried"),
         "failed_stages": progress.get("failed_stages", []),
-        "workers": progress.get("workers", []) if running else [],
+        "workers": progress.get("workers", []),
+        "in_progress": [
+            {"name": trial["name"], "episodes": trial["episodes"]}
+            for trial in trials
+            if trial["status"] == "running" and running
+        ],
     }

@@ -26,6 +26,9 @@ from rlhf_ray.sweep.results import (
 PROGRESS_FILE = "progress.json"
 """What the driver says while it runs: written by `live`."""
 
+SUITE_FLAGS_FILE = "suite_flags.json"
+"""How the launch command was given the suite, which only it knows."""
+
 BUILT_IN = ("digits", "mnist", "fashion-mnist")
 """Suites whose name is their flag, alone or with an ending."""
 
@@ -172,12 +175,14 @@ class Gatherer:
     def _commands(self, sweep: Mapping[str, Any], compared: bool) -> dict[str, str]:
         directory = f"{self._storage.shown.rstrip('/')}/{self._name}"
         suite = str(sweep["suite"])
-        flag = suite if suite.startswith(BUILT_IN) else "package.module:function"
+        unknown = suite if suite.startswith(BUILT_IN) else "package.module:function"
+        flags = self._read(SUITE_FLAGS_FILE).get("flags") or ["--suite", unknown]
         tasks = sweep.get("tasks", {}).get("test", [])
         policy = f"{directory}/{BEST_POLICY}"
         apply = [
-            "python", "-m", "rlhf_ray.apply", "--policy", policy, "--suite", flag,
+            "python", "-m", "rlhf_ray.apply", "--policy", policy, *flags,
             "--task", str(tasks[0]) if tasks else "TASK", "--output", "tuned.safetensors",
+            "--storage-path", self._storage.shown,
         ]  # fmt: skip
         python = (
             "import rlhf_ray as rr\n\n"

@@ -74,7 +74,7 @@ def mnist_seed_suite(*, data_root: str | Path | None = None, seed: int = 0) -> S
 
     return Suite(
         name="mnist-seed",
-        model=_pooled_first(make_cnn(derive_seed("cnn", "mnist-seed", seed))),
+        model=pooled_first(make_cnn(derive_seed("cnn", "mnist-seed", seed))),
         levels={"conv": ["conv1", "conv2"], "dense": ["dense", "head"]},
         train_tasks=tasks(""),
         val_tasks=tasks("-val"),
@@ -83,10 +83,11 @@ def mnist_seed_suite(*, data_root: str | Path | None = None, seed: int = 0) -> S
     )
 
 
-def _pooled_first(model: nn.Sequential) -> nn.Sequential:
-    """The same function with the rectifiers after the pools: on a quarter of the values.
+def pooled_first(model: nn.Sequential) -> nn.Sequential:
+    """The same function, rectified after pooling: on a quarter of the values.
 
-    Both are monotonic and change places without a difference, in gradients too.
+    The two change places without a difference, in gradients too. `model`, as `make_cnn` makes it,
+    is changed in place.
     """
     for block in (model.conv1, model.conv2):
         assert isinstance(block, nn.Sequential)

@@ -29,6 +29,7 @@ from rlhf_ray.sweep.summing_up import sum_up
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
 from rlhf_ray.tasks import SPLITS, Metric, Suite
+from rlhf_ray.trackers import check_extras
 from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.tally import TalliedStages, Tally
@@ -184,6 +185,7 @@ def prepare(
         raise InputError(f"all tasks' metrics must have one direction, got {', '.join(names)}.")
     baselines_for(config.baselines, tuple(suite.levels))
     check_observation(config)
+    check_extras(config)
     chosen = tuple(operations or config.operations())
     identity = _identity(suite, config, chosen)
     return Ground(
@@ -309,7 +311,9 @@ def _run(
     engine = Engine(suite, config.engine_settings())
     if engine.plan.reason:
         progress.message(f"not everything can be cached: {engine.plan.reason}")
-    with running_ray(config), stage_workers(suite, config, progress) as handle:
+    with running_ray(config) as dashboard, stage_workers(suite, config, progress) as handle:
+        if dashboard:
+            progress.message(f"Ray's dashboard is at {dashboard}")
         context = trial_context(storage, ground, engine, handle.stages)
         tally = Tally()
         stages = TalliedStages(handle.stages, tally, namespace="driver")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pyarrow.fs import FileSystem
 from ray import cloudpickle, tune
 from ray.air.constants import EXPR_ERROR_PICKLE_FILE
 from ray.exceptions import RayActorError, RayTaskError
@@ -24,6 +25,7 @@ from rlhf_ray.sweep.plan import PlannedTrial
 from rlhf_ray.sweep.results import trial_folder
 from rlhf_ray.sweep.trial import HandoverTrial, TrialContext, failed_record
 from rlhf_ray.tensorboard import TensorBoardLog
+from rlhf_ray.trackers import tracker_callbacks
 from rlhf_ray.tree.workers import StagesHandle
 
 TUNE_FOLDER = "tune"
@@ -68,11 +70,12 @@ def run_trials(
     watcher = _Watcher(progress, handle, page, ClusterMetrics(context.sweep), done=before)
     ends = None if max_minutes is None else time.monotonic() + max_minutes * 60
     failures: dict[str, Exception] = {}
-    with watcher.watching(), _quiet():
+    # as a filesystem: the URI may hold keys, which Tune would write into its files
+    with watcher.watching(), _quiet(), context.storage.keyless() as filesystem:
         for _ in range(ROUNDS):
             again = {trial.name for trial in waiting}
             failures = {name: error for name, error in failures.items() if name not in again}
-            failures |= _fit(context, waiting, watcher, ends)
+            failures |= _fit(context, waiting, watcher, filesystem, ends)
             waiting = [trial for trial in waiting if _was_lost(failures.get(trial.name))]
             if not waiting or (ends is not None and time.monotonic() >= ends):
                 break
@@ -85,12 +88,12 @@ def _fit(
     context: TrialContext,
     waiting: Sequence[PlannedTrial],
     watcher: "_Watcher",
+    filesystem: FileSystem,
     ends: float | None,
 ) -> dict[str, Exception]:
     """Lets Tune run trials, until `ends` on the monotonic clock; returns the errors of some."""
     points = [{"trial": trial.name, **trial.values} for trial in waiting]
-    # as a filesystem: the URI may hold keys that records and messages must not show
-    filesystem, folder = context.storage.opened(context.sweep)
+    _, folder = context.storage.opened(context.sweep)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(HandoverTrial, context=context), _resources(context)
@@ -114,7 +117,13 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=MAX_LOST),
             # a trial that is cut off starts again on the warm tree: nothing of it to save
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[watcher, TensorBoardLog(), JsonLoggerCallback(), CSVLoggerCallback()],
+            callbacks=[
+                watcher,
+                TensorBoardLog(),
+                JsonLoggerCallback(),
+                CSVLoggerCallback(),
+                *tracker_callbacks(context.config, context.sweep),
+            ],
         ),
     )
     results = tuner.fit()

@@ -32,7 +32,7 @@ HowMany = Callable[[Nodes], int]
 MAX_REPLACED = 20
 """Workers lost for good that are replaced in all: what kills every worker must not go on."""
 
-FIRST_WORD_S, WORD_EVERY_S = 5.0, 30.0
+FIRST_WORD_S, WORD_EVERY_S = 15.0, 30.0
 """When it is first said what a missing worker waits for, and how often again."""
 
 _dumps: Callable[[object], bytes] = cloudpickle.dumps  # pyright: ignore[reportPrivateImportUsage]
@@ -52,7 +52,7 @@ class StagesHandle:
     """The driver's hold on the workers and the tree's actor: they live as long as it does.
 
     A thread looks at the cluster every `poll_s`: workers are started when nodes have joined;
-    those that a lost node has left without room are dismissed (those that run are left alone);
+    those beyond what a smaller cluster has room for are dismissed (but none that runs a stage);
     those that are lost for good are replaced, `max_replaced` times in all. A tree's actor that was
     started anew is handed the workers again. Whatever changes is said through `progress`.
 
@@ -119,7 +119,7 @@ class StagesHandle:
             if done:
                 break
             waited_s = time.monotonic() - began
-            self._say_what_for(waited_s, "a first worker waits")
+            self._say_what_for(waited_s, "no worker is up yet: one needs")
             if patience_s is not None and waited_s > patience_s:
                 raise InputError(
                     f"a node must have room for a worker, which needs {self._needs}, got none in "
@@ -174,17 +174,16 @@ class StagesHandle:
             self._hand_in(unknown)  # the actor was started anew
         replaced = self._drop_lost(known)
         missing = wanted - self._given_up - len(self._workers)
-        absent = [
-            number
-            for number in self._workers
-            if number in known and known[number]["state"] in ("starting", "restarting")
-        ]
+        states = {n: known[n]["state"] for n in self._workers if n in known}
+        absent = [n for n, state in states.items() if state in ("starting", "restarting")]
         if missing > 0:
             self._hand_in(self._start(missing))
             if missing > replaced:
                 self._tell("more", missing - replaced)
-        elif missing < 0 and absent:
-            self._dismiss(absent[missing:])
+        elif missing < 0:
+            # Idle ones too: restarted on a smaller cluster, they may hold what a trial waits for.
+            spare = [*absent, *(n for n, state in states.items() if state == "idle")]
+            self._dismiss(spare[:-missing])
         self._watch_short(sum(number in self._workers for number in absent), wanted)
 
     def _drop_lost(self, known: dict[int, dict[str, Any]]) -> int:
@@ -204,6 +203,8 @@ class StagesHandle:
         return replaced
 
     def _dismiss(self, numbers: Sequence[int]) -> None:
+        if not numbers:
+            return
         reason = "the cluster has no room for it any more"
         self._tree.dismiss_workers.remote(list(numbers), reason)
         for number in numbers:
@@ -222,14 +223,16 @@ class StagesHandle:
             return
         now = time.monotonic()
         self._short_since = self._short_since or now
-        self._say_what_for(now - self._short_since, f"{n_absent} of {wanted} workers wait")
+        self._say_what_for(
+            now - self._short_since, f"{n_absent} of {wanted} workers are not up: each needs"
+        )
 
     def _say_what_for(self, waited_s: float, who: str) -> None:
         if waited_s < self._next_word_s:
             return
         self._next_word_s = waited_s + WORD_EVERY_S
         self._progress.message(
-            f"{who} for {self._needs}; the cluster has {_amounts(ray.cluster_resources())}, "
+            f"{who} {self._needs}; the cluster has {_amounts(ray.cluster_resources())}, "
             f"free {_amounts(ray.available_resources())}"
         )
 

@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 from synthetic import SyntheticStages, spec_of
 
+from rlhf_ray.errors import FailedStageError
 from rlhf_ray.evaluation.exhaustive import all_paths, distinct_steps, prefill
 from rlhf_ray.operations import Skip, Stop, Train, default_operations
 
@@ -51,3 +54,25 @@ def test_prefill_asks_for_every_state_once() -> None:
     assert {r.task for r in stages.asked if r.kind == "test"} == {"b"}
     assert progress.phases == [("filling the tree", n)]
     assert sorted(done or 0 for done in progress.done) == list(range(1, n + 1))
+
+
+class FailingStages(SyntheticStages):
+    """Stages of which those that `fails` picks raise."""
+
+    def __init__(self, fails: Any) -> None:
+        super().__init__()
+        self._fails = fails
+
+    def outcome(self, request: Any, namespace: str = "") -> Any:
+        if self._fails(request):
+            raise FailedStageError("no such luck")
+        return super().outcome(request, namespace)
+
+
+def test_prefill_goes_on_after_a_stage_that_fails_but_not_without_a_start() -> None:
+    spec = spec_of(2, operations=(Train(name="t", learning_rate=1e-3), Stop()))
+    few = {"tasks": ["a"], "reported": ["a"], "replicas": 1, "depth": 1}
+    stages = FailingStages(lambda request: bool(request.path))
+    assert prefill(spec, stages, **few) == 6 and len(stages.asked) == 2
+    with pytest.raises(FailedStageError, match="no such luck"):
+        prefill(spec, FailingStages(lambda request: not request.path), **few)

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -94,7 +95,39 @@ def test_progress_of_the_driver_shows_what_runs_and_when_it_ends(storage):
     assert data["health"]["failed_stages"] == ["broke"]
     html = storage.read_bytes("made-up/report.html").decode()
     assert "64 episodes" in html
-    assert "Started again" in html
+    assert "started again" in html
+    assert data["health"]["in_progress"] == [{"name": second, "episodes": 64}]
+
+
+def test_workers_are_told_while_the_sweep_runs_and_after(storage):
+    write_made_up_sweep(storage, n_trials=4, n_done=1, state="running")
+    worker = {"pid": 71, "state": "busy", "stage": "stage [a] of 'b'", "executed": 3,
+              "seconds_spent": 2.0, "lost": 1}  # fmt: skip
+    LivePage(storage, "made-up", Told(), total=384).tick({"workers": [worker]}, {})
+    running = fragment(Gatherer(storage, "made-up").gather())
+    assert "<td>busy</td>" in running
+    assert "lost 1×" in running  # noqa: RUF001
+    write_made_up_sweep(storage, n_trials=4)
+    ended = fragment(Gatherer(storage, "made-up").gather())
+    assert "<td>busy</td>" not in ended
+    assert "lost 1×" in ended  # noqa: RUF001
+
+
+def test_an_interrupted_sweep_says_how_it_goes_on(storage):
+    write_made_up_sweep(storage, n_trials=4, n_done=1, state="interrupted")
+    html = fragment(Gatherer(storage, "made-up").gather())
+    assert "the same launch command goes on with the trials that wait" in html
+
+
+def test_the_command_names_the_suite_as_launch_was_given_it(storage):
+    write_made_up_sweep(storage, suite="sensors")
+    gatherer = Gatherer(storage, "made-up")
+    assert "--suite package.module:function" in gatherer.gather()["commands"]["apply"]
+    flags = ["--suite", "sensors:suite", "--n-test-tasks", "3"]
+    storage.write_json("made-up/suite_flags.json", {"flags": flags})
+    words = shlex.split(gatherer.gather()["commands"]["apply"].replace("\\\n", " "))
+    assert words[5:9] == flags
+    assert words[-2:] == ["--storage-path", str(storage.local_path())]
 
 
 def test_a_page_that_cannot_be_written_is_told_once_and_harms_nothing(storage, monkeypatch):

@@ -86,6 +86,41 @@ def test_it_opens_from_disk_without_network(page, storage, width, dark):
     assert complaints(page) == []
 
 
+def test_one_trial_is_readable(page, storage):
+    write_made_up_sweep(storage, n_trials=1)
+    storage.delete("made-up/baselines.json")
+    write_report(storage, "made-up")
+    open_file(page, storage)
+    low, high = page.execute_script(
+        "return document.getElementById('chart-front')._fullLayout.yaxis.range"
+    )
+    assert high - low < 0.2
+    assert page.find_element("id", "shown").text == "1 trial"
+    assert "best fifth" not in page.find_element("id", "chart-curves").text
+    assert complaints(page) == []
+
+
+def test_labels_of_marks_close_to_one_another_do_not_overlap(page, storage):
+    write_made_up_sweep(storage)
+    summary = storage.read_json("made-up/summary.json")
+    for i, method in enumerate(("policy", "fixed", "full_best", "full")):
+        summary["methods"][method] |= {"metric_mean": 0.9 + 0.001 * i, "cost_mean": 0.3 + 0.1 * i}
+    storage.write_json("made-up/summary.json", summary)
+    write_report(storage, "made-up")
+    for width in (1440, 390):
+        open_file(page, storage, width=width)
+        boxes = page.execute_script(
+            "return [...document.querySelectorAll('#chart-methods .textpoint text')]"
+            ".map(t => t.getBoundingClientRect()).map(b => [b.left, b.right, b.top, b.bottom])"
+        )
+        assert len(boxes) >= (5 if width == 1440 else 3)
+        assert not any(
+            a[0] < b[1] - 1 and b[0] < a[1] - 1 and a[2] < b[3] - 3 and b[2] < a[3] - 3
+            for i, a in enumerate(boxes) for b in boxes[:i]
+        )  # fmt: skip
+        assert all(box[0] >= 0 and box[1] <= width for box in boxes)
+
+
 def test_the_table_sorts_and_filters(page, storage):
     write_made_up_sweep(storage, n_trials=12, n_failed=2, error="the disk is full")
     write_report(storage, "made-up")

@@ -12,7 +12,8 @@ from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.suites import SUITES, load_suite
-from rlhf_ray.suites.seed import DEFAULTS
+from rlhf_ray.suites.pretrain import make_cnn
+from rlhf_ray.suites.seed import DEFAULTS, pooled_first
 from rlhf_ray.tasks import SPLITS, Suite
 
 OWN = """
@@ -203,6 +204,17 @@ def test_mnist_seed_is_literal(data_root: Path) -> None:
     again = load_suite("mnist-seed", data_root=data_root)
     head, same = suite.model.get_submodule("head"), again.model.get_submodule("head")
     assert isinstance(head, nn.Linear) and torch.equal(head.weight, same.get_parameter("weight"))
+
+
+def test_mnist_seed_pools_before_it_rectifies_without_a_difference() -> None:
+    plain, pooled = make_cnn(0), pooled_first(make_cnn(0))
+    x = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)) - 0.5
+    outputs = [model(x) for model in (plain, pooled)]
+    for output in outputs:
+        output.logsumexp(1).sum().backward()
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    for ours, theirs in zip(pooled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
 
 
 def test_mnist_seed_defaults_are_settings_of_a_search() -> None:

@@ -20,9 +20,10 @@ from fake_engine import IDENTITY, FakeEngine, ran, request
 from rlhf_ray.errors import InputError, StageError
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.storage import open_storage
+from rlhf_ray.tree import workers
+from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.store import TreeStore
-from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.workers import StagesHandle, start_workers
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -313,6 +314,24 @@ def test_unshared_carries_out_every_stage_of_every_episode(start: Start, tmp_pat
     assert seen[:4] == seen[4:]
     assert set(Counter(ran(tmp_path)).values()) == {2}
     assert not list((tmp_path / "runs").rglob("*.json"))
+
+
+def test_no_room_for_a_worker_is_said_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "FIRST_WORD_S", 0.5)
+    progress = Lines()
+    with pytest.raises(InputError, match=r"room for a worker, which needs .* 8 GPUs, got none in"):
+        started(tmp_path, gpus_per_worker=8, patience_s=1.5, progress=progress)
+    (line,) = progress.lines
+    assert "no worker is up yet: one needs 0.5 CPUs and 8 GPUs; the cluster has 4 CPUs" in line
+
+
+def test_worker_that_sees_another_folder_is_refused(tmp_path: Path) -> None:
+    here, there = (TreeStore(open_storage(tmp_path / name)) for name in ("here", "there"))
+    mark = here.mark()
+    assert here.has_mark(mark) and not there.has_mark(mark) and here.mark() == mark
+    assert not (tmp_path / "there").exists()  # who only looks writes nothing
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

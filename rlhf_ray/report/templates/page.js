@@ -42,30 +42,62 @@ function draw(id, traces, more) {
 function empty(id, why) {
   const div = document.getElementById(id);
   if (!div) return;
-  div.style.height = "auto";
+  div.classList.add("none");
   div.textContent = why;
 }
 
-const metricAxis = () => ({ text: text(data.metric), autorange: data.higher_is_better ? true : "reversed" });
+// One value alone would get an axis from far below to far above it.
+function metricAxis(points) {
+  const values = points.map((p) => p.metric), low = Math.min(...values), high = Math.max(...values);
+  if (high - low > 1e-9) return { text: text(data.metric), autorange: data.higher_is_better ? true : "reversed" };
+  const pad = Math.max(0.05 * Math.abs(low), 1e-3), range = [low - pad, low + pad];
+  return { text: text(data.metric), range: data.higher_is_better ? range : range.reverse() };
+}
 const settingsOf = (trial) => Object.entries(data.labels).map(([key, label]) => `${label} ${+trial.values[key].toPrecision(3)}`);
 const hover = (trial) => [
   `<b>${text(trial.name)}</b>`, ...settingsOf(trial),
   `${text(data.metric)} ${figure(trial.metric)}, cost ${figure(trial.cost, 2)}, utility ${figure(trial.utility)}`,
 ].join("<br>");
 
-// One mark where several methods did the same; labels stand at `places` in turn.
-function marks(points, name, symbol, shade, places) {
+// Boxes in pixels, about where Plotly will put them: what labels must keep clear of.
+function frameOf(id, points) {
+  const div = document.getElementById(id), width = 0.94 * (div.clientWidth - 70), height = 0.85 * (div.clientHeight - 90);
+  const right = Math.max(...points.map((p) => p.cost), 1e-9), values = points.map((p) => p.metric);
+  const low = Math.min(...values), unit = height / (Math.max(...values) - low || 1);
+  const at = (p) => [(p.cost / right) * width, (p.metric - low) * unit * (data.higher_is_better ? 1 : -1)];
+  const taken = points.map((p) => { const [x, y] = at(p), bar = (p.sd || 0) * unit, tall = bar > 14 ? bar : 5; return [x - 5, y - tall, x + 5, y + tall]; });
+  return { at, taken, width };
+}
+
+// Where a label stands: the first place beside its mark that nothing else holds; null: none is free.
+function placeOf(point, label, frame) {
+  const [x, y] = frame.at(point), wide = 6.3 * label.length + 4, high = 14;
+  const starts = { left: x - 6 - wide, center: x - wide / 2, right: x + 6 }, feet = { top: y + 7, middle: y - high / 2, bottom: y - 7 - high };
+  const boxes = ["top center", "bottom center", "middle right", "middle left", "top right", "bottom right", "top left", "bottom left"].map((place) => {
+    const [v, h] = place.split(" ");
+    return [place, [starts[h], feet[v], starts[h] + wide, feet[v] + high]];
+  }).filter(([, box]) => box[0] > 0 && box[2] < frame.width + 40);
+  const clear = ([, box]) => !frame.taken.some((t) => box[0] < t[2] && t[0] < box[2] && box[1] < t[3] && t[1] < box[3]);
+  const [place, box] = boxes.find(clear) || [null, null];
+  if (place) frame.taken.push(box);
+  return place;
+}
+
+// One mark where several methods did the same.
+function marks(points, name, symbol, shade, frame) {
   const merged = [];
   for (const point of [...points].sort((a, b) => a.cost - b.cost)) {
     const same = merged.find((m) => Math.abs(m.cost - point.cost) < 1e-6 && Math.abs(m.metric - point.metric) < 1e-6);
     if (same) same.names.push(point.name);
     else merged.push({ ...point, names: [point.name] });
   }
-  const right = Math.max(...[...data.trials, ...data.val_marks, ...points].map((p) => p.cost || 0));  // labels stay off the axis
+  const near = (a, b) => { const [p, q] = [frame.at(a), frame.at(b)]; return Math.hypot(p[0] - q[0], p[1] - q[1]) < 8; };
+  const said = merged.map((m, i) => (merged.slice(0, i).some((o) => near(o, m)) ? [] : merged.slice(i).filter((o) => near(m, o)).flatMap((o) => o.names)));
+  const at = merged.map((m, i) => (said[i].length ? placeOf(m, said[i].join(", ").slice(0, 48), frame) : null));
   const labels = merged.map((m) => text(m.names.join(", ")));
   return {
-    x: merged.map((m) => m.cost), y: merged.map((m) => m.metric), name, mode: "markers+text", text: labels,
-    textposition: merged.map((m, i) => places[i % places.length].replace("center", m.cost < 0.1 * right ? "right" : "center")), textfont: { color: shade, size: 12 },
+    x: merged.map((m) => m.cost), y: merged.map((m) => m.metric), name, mode: "markers+text", text: said.map((names, i) => (at[i] ? text(names.join(", ")) : "")),
+    textposition: at.map((place) => place || "top center"), textfont: { color: shade, size: 12 },
     cliponaxis: false, marker: { symbol, size: 9, color: shade },
     error_y: merged.some((m) => m.sd) ? { array: merged.map((m) => m.sd || 0), color: shade, thickness: 1, width: 3 } : undefined,
     hovertext: merged.map((m, i) => `<b>${labels[i]}</b><br>${text(data.metric)} ${figure(m.metric)}, cost ${figure(m.cost, 2)}`),
@@ -85,23 +117,24 @@ function drawFront() {
     points(front, { name: "front", mode: "lines+markers", line: { shape: "hv", width: 1, color: colour("--accent") }, marker: { color: colour("--accent"), size: 8 } }),
     points(judged.filter((t) => t.name === data.best), { name: "best utility", marker: { symbol: "circle-open", size: 15, color: colour("--accent"), line: { width: 2 } } }),
   ].filter((trace) => trace.x.length);
-  if (data.val_marks.length) traces.push(marks(data.val_marks, "baselines", "diamond", colour("--warm"), ["top center", "bottom center"]));
-  draw("chart-front", traces, { xaxis: { text: `cost, ${data.unit}`, rangemode: "tozero" }, yaxis: metricAxis() });
+  if (data.val_marks.length) traces.push(marks(data.val_marks, "baselines", "diamond", colour("--warm"), frameOf("chart-front", [...judged, ...data.val_marks])));
+  draw("chart-front", traces, { xaxis: { text: `cost, ${data.unit}`, rangemode: "tozero" }, yaxis: metricAxis([...judged, ...data.val_marks]) });
 }
 
 function drawMethods() {
   if (!data.methods.length) return;
   const points = data.methods.map((m) => ({ name: m.name, cost: m.cost_mean, metric: m.metric_mean, sd: m.metric_sd }));
-  const own = marks(points.filter((p) => p.name === "policy"), "best policy", "circle", colour("--accent"), ["top center"]);
-  const others = marks(points.filter((p) => p.name !== "policy"), "baselines", "diamond", colour("--warm"), ["bottom center"]);
-  draw("chart-methods", [own, others], { xaxis: { text: `cost, ${data.unit}`, rangemode: "tozero" }, yaxis: metricAxis() });
+  const frame = frameOf("chart-methods", points);
+  const own = marks(points.filter((p) => p.name === "policy"), "best policy", "circle", colour("--accent"), frame);
+  const others = marks(points.filter((p) => p.name !== "policy"), "baselines", "diamond", colour("--warm"), frame);
+  draw("chart-methods", [own, others], { xaxis: { text: `cost, ${data.unit}`, rangemode: "tozero" }, yaxis: metricAxis(points) });
 }
 
-// Judged trials in fifths of utility, best first: [[trial, ...], ...].
+// Judged trials in fifths of utility, best first: [[trial, ...], ...]; together where they are few.
 function fifths() {
   const judged = data.trials.filter((t) => t.utility !== null).sort((a, b) => b.utility - a.utility);
   const groups = FIFTHS.map(() => []);
-  judged.forEach((trial, i) => groups[Math.floor((i * 5) / judged.length)].push(trial));
+  judged.forEach((trial, i) => groups[judged.length < 5 ? 2 : Math.floor((i * 5) / judged.length)].push(trial));
   return groups;
 }
 
@@ -118,10 +151,10 @@ function lines(trials, coordinates, more) {
 // A trace per fifth, the best on top, and a legend in which thin lines can be told apart. Of many
 // trials the best and the last fifth are shown; a click on the legend brings the others.
 function fifthTraces(coordinates) {
-  const groups = fifths(), many = groups.flat().length > 60;
+  const groups = fifths(), n = groups.flat().length, many = n > 60;
   return groups.map((trials, i) => {
     const shade = colour(`--c${i}`), visible = many && i > 0 && i < 4 ? "legendonly" : true;
-    const group = { name: FIFTHS[i], legendgroup: FIFTHS[i], visible };
+    const name = n < 5 ? "trials" : FIFTHS[i], group = { name, legendgroup: name, visible };
     const shown = lines(trials, coordinates, { ...group, showlegend: false, line: { width: many ? 0.8 : 1.4, color: shade }, opacity: many ? 0.55 : 0.9 });
     return shown.x.some((x) => x !== null) ? [{ ...group, x: [null], y: [null], mode: "lines", line: { width: 3, color: shade } }, shown] : [];
   }).reverse().flat();
@@ -166,9 +199,8 @@ function drawParallel() {
     x: i, y: place(axis, value), text: String(+value.toPrecision(3)), showarrow: false, xanchor: i === axes.length - 1 ? "right" : "left",
     xshift: i === axes.length - 1 ? -4 : 4, yshift: 8, font: { size: 11, color: colour("--fg") }, bgcolor: colour("--bg"), opacity: 0.85, borderpad: 1,
   })));
-  const narrow = document.body.clientWidth < 720;
   draw("chart-parallel", fifthTraces(coordinates), {
-    xaxis: { tickvals: axes.map((_, i) => i), ticktext: axes.map((a) => text(a.label).replace(" ", narrow ? "<br>" : " ")), showgrid: true, range: [-0.15, axes.length - 0.85], tickangle: 0, side: "bottom" },
+    xaxis: { tickvals: axes.map((_, i) => i), ticktext: axes.map((a) => text(a.label)), showgrid: true, range: [-0.25, axes.length - 0.75], tickangle: 0, side: "bottom" },
     yaxis: { visible: false, range: [-0.06, 1.1] }, annotations, legend: { ...legend(), traceorder: "reversed" },
   });
 }
@@ -233,7 +265,8 @@ function showRows() {
     row.hidden = !fits;
     shown += fits;
   }
-  one("#shown").textContent = shown === rows.length ? `${rows.length} trials` : `${shown} of ${rows.length} trials`;
+  const every = `${rows.length} trial${rows.length === 1 ? "" : "s"}`;
+  one("#shown").textContent = shown === rows.length ? every : `${shown} of ${every}`;
   all("#table thead th").forEach((th, i) => {
     if (i === view.sort) th.setAttribute("aria-sort", view.direction > 0 ? "ascending" : "descending");
     else th.removeAttribute("aria-sort");
@@ -274,19 +307,21 @@ function wireCopying() {
 // -- following a running sweep
 
 function showHeard() {
-  const heard = Number(one("main").dataset.heard);
+  const heard = Number(one("main").dataset.heard), patience = Number(one("main").dataset.patience);  // in seconds
   if (!heard) return;
   const seconds = Math.max(0, Math.round(Date.now() / 1000 - heard));
   const ago = seconds < 90 ? `${seconds} s` : `${Math.round(seconds / 60)} min`;
-  one("#heard").textContent = seconds > 180 ? `· last heard of ${ago} ago: perhaps it was stopped; the same command resumes it` : `· ${ago} ago`;
+  one("#heard").textContent = seconds > patience ? `· last heard of ${ago} ago: perhaps it was stopped; the same command resumes it` : `· ${ago} ago`;
 }
 
 function show() {
   data = JSON.parse(document.getElementById("data").textContent);
   wireTable();
   wireCopying();
-  drawInTurn();
   showHeard();
+  // the table can be used while plotly, which follows this script, is still being read
+  if (document.readyState === "loading") addEventListener("DOMContentLoaded", () => drawInTurn());
+  else drawInTurn();
 }
 
 async function follow() {
@@ -319,7 +354,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 addEventListener("beforeprint", () => {
   document.documentElement.classList.add("printing");
   drawAll();
-  all("#content > main > section > .chart").forEach((div) => div.data && Plotly.relayout(div, { width: 660 }));
+  all(".chart").filter((div) => !div.closest(".pair, .effects")).forEach((div) => div.data && Plotly.relayout(div, { width: 660 }));
   all(".pair .chart").forEach((div) => div.data && Plotly.relayout(div, { width: 320 }));
 });
 addEventListener("afterprint", () => {

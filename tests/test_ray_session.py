@@ -1,0 +1,26 @@
+import ray
+
+from rlhf_ray import ray_session
+from rlhf_ray.config import SearchConfig
+from rlhf_ray.ray_session import running_ray
+
+
+def test_a_local_ray_has_a_dashboard_where_it_is_asked_for(monkeypatch):
+    given = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: given.update(settings))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_session, "_check_gpus", lambda config: None)
+    monkeypatch.setattr(ray_session, "get_webui_url_from_internal_kv", lambda: "127.0.0.1:8265")
+    with running_ray(SearchConfig(dashboard=True)) as address:
+        assert address == "http://127.0.0.1:8265"
+    assert given["include_dashboard"] is True
+    with running_ray(SearchConfig()):
+        assert given["include_dashboard"] is False
+
+
+def test_a_ray_that_runs_without_dashboard_has_no_address(ray_session):
+    with running_ray(SearchConfig()) as address:
+        assert address is None
+    assert ray.is_initialized()
