@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_ray.digests import digest
 from rlhf_ray.operations import Operation
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every key: outcomes of another schema are never mistaken for this one's."""
 
 PRETRAINED = "pretrained"

@@ -74,7 +74,12 @@ def load_optimizer_state(
         slot, name = entry.split("/", 1)
         if name in parameters:
             parameter = parameters[name]
-            optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
+            if value.shape == parameter.shape:
+                # in the parameter's own order in memory: fused kernels pair values by address
+                own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:
+                own = value.to(parameter.device, copy=True)
+            optimizer.state[parameter][slot] = own.detach()
 
 
 def optimizer_state(

@@ -141,3 +141,23 @@ def test_l2_sp_is_the_gradient_of_the_squared_distance() -> None:
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert theirs.grad is not None
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_kept_state_from_storage_goes_on_as_from_memory(name: OptimizerName) -> None:
+    """Storage gives tensors back contiguous, the model lies in channels-last order."""
+    last = torch.channels_last
+    weights = torch.randn(8, 4, 3, 3, generator=generator())
+    gradient = torch.randn(8, 4, 3, 3, generator=generator())
+    state = torch.arange(8 * 4 * 9.0).view(8, 4, 3, 3)
+    slots = ("exp_avg", "exp_avg_sq") if name == "adam" else ("momentum_buffer",)
+    found = []
+    for kept in (state.contiguous(), state.to(memory_format=last)):
+        parameters = {"w": nn.Parameter(weights.to(memory_format=last))}
+        parameters["w"].grad = gradient.to(memory_format=last)
+        optimizer = make_optimizer(name, parameters, 0.05)
+        step = {"step/w": torch.tensor(1.0)} if name == "adam" else {}
+        load_optimizer_state(optimizer, parameters, {f"{s}/w": kept for s in slots} | step)
+        optimizer.step()
+        found.append(parameters["w"].detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
