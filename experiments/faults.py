@@ -30,7 +30,7 @@ from rlhf_ray.engine.stages import Engine
 from rlhf_ray.operations import Skip, StageSession, Stop, Train
 from rlhf_ray.sweep.results import SearchResult
 
-STAGE_S = 1.5
+STAGE_S = 1.0
 KINDS = {
     "worker": "ray::StageWorker", "tree": "ray::TreeActor", "trial": "ray::ResourceTrainable",
     "runner": "ray::NumberedEpisodesRunner",
@@ -82,7 +82,7 @@ def sweep(storage: str, address: str | None) -> None:
     ray_session.Engine = LoggedEngine  # type: ignore[misc, assignment]
     config = rr.SearchConfig(
         gamma=(0.9,), epsilon=(0.1,), tuning_cost_weight=(0.0, 0.05),
-        switch_cost_weight=(0.001, 0.01), episodes=40, horizon=3, judge_replicas=2, num_workers=2,
+        switch_cost_weight=(0.001, 0.01), episodes=40, horizon=4, judge_replicas=2, num_workers=2,
         cpus_per_worker=0.5, concurrent_trials=2, stages_in_flight=2, env_runners=1,
         storage_path=storage, name="sweep", address=address,
     )  # fmt: skip
@@ -120,15 +120,26 @@ def kill_one(kind: str, root: int, draw: random.Random) -> bool:
     return bool(found)
 
 
+def await_instant(driver: subprocess.Popen[bytes], draw: random.Random) -> None:
+    """Until one to three stages more have begun, or long after, and into one of them."""
+    log, end = Path(os.environ["FAULTS_LOG"]), time.monotonic() + 60
+    wanted = begun(log) + draw.randint(1, 3)
+    while driver.poll() is None and begun(log) < wanted and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(draw.uniform(0, STAGE_S))
+
+
+def begun(log: Path) -> int:
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 def on_cluster(storage: Path, n_kills: int) -> Counter[str]:
     draw, kills = random.Random(0), Counter[str]()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     driver = start(storage, cluster.address)
     while kills.total() < n_kills and driver.poll() is None:
-        time.sleep(draw.uniform(1, 4))
-        if not (storage / "tree").exists():
-            continue
+        await_instant(driver, draw)
         kind = draw.choice(["worker", "worker", "runner", "trial", "trial", "tree", "node"])
         if kind == "node":
             cluster.remove_node(nodes.pop(draw.randrange(2)), allow_graceful=False)
@@ -146,11 +157,8 @@ def on_one_machine(storage: Path, n_kills: int) -> Counter[str]:
     draw, kills = random.Random(1), Counter[str]()
     while kills.total() < n_kills:
         driver = start(storage)
-        before = len(list(storage.rglob("*.json")))
-        while driver.poll() is None and len(list(storage.rglob("*.json"))) <= before + 1:
-            time.sleep(0.1)
         while kills.total() < n_kills and driver.poll() is None:
-            time.sleep(draw.uniform(0.5, 3))
+            await_instant(driver, draw)
             kind = draw.choice(["driver", "worker", "tree"])
             family = list(processes(driver.pid))
             if kind == "driver":
@@ -161,7 +169,7 @@ def on_one_machine(storage: Path, n_kills: int) -> Counter[str]:
             elif not kill_one(kind, driver.pid, draw):
                 continue
             kills[kind] += 1
-        if driver.poll() is None and driver.wait(900) == 0:
+        if driver.wait(900) == 0:
             return kills
     assert start(storage).wait(900) == 0, (storage.parent / "out.log").read_text()[-3000:]
     return kills

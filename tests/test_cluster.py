@@ -143,7 +143,7 @@ def growth_and_loss(folder: Path) -> None:
         wait_until(lambda: progress.said("the cluster has shrunk: 2 workers fewer, now 2"))
         assert set(at_work()) == {second.node_id}
         assert handle.stages.state_dict(request(0))
-        assert handle.stats()["executed"] == 6
+        assert len(set(ran(folder))) == 6
 
 
 def sweep_config(folder: Path, **changes: Any) -> Any:
@@ -212,3 +212,6 @@ def a_sweep(folder: Path) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]))
+    import ray
+
+    ray.shutdown()  # before the cluster ends: its loss would end this process with an error

@@ -8,6 +8,7 @@ not carried out twice, and how far its predecessor had counted.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from ray.exceptions import RayError
 from rlhf_ray.errors import RlhfRayError
 from rlhf_ray.outcomes import PRETRAINED, Outcome, StageRequest
 from rlhf_ray.storage import open_storage
-from rlhf_ray.tree.dispatch import Dispatcher
+from rlhf_ray.tree.dispatch import Dispatcher, Ledger
 from rlhf_ray.tree.stage_tree import episode_of, not_in_tree, start_of
 from rlhf_ray.tree.store import TreeStore
 from rlhf_ray.tree.tally import Answer
@@ -101,6 +102,7 @@ class TreeActor:
             "seconds_spent": dispatcher.spent_s,
             "in_flight": sum(worker.job is not None for worker in workers),
             "waiting": len(dispatcher.waiting),
+            "processor_s": time.process_time(),  # of this actor: its one thread is what saturates
             "retried": counts["retried"],
             "failed": {key: str(error) for key, error in dispatcher.failed.items()},
             "workers": [worker.as_json() for worker in workers],
@@ -108,11 +110,17 @@ class TreeActor:
 
     # -- for the driver's pool -----------------------------------------------------------------
 
-    async def add_workers(self, workers: bytes) -> None:
+    async def record(self) -> Ledger:
+        """The counts, for the actor that may have to take this one's place."""
+        return self._dispatcher.record()
+
+    async def add_workers(self, workers: bytes, ledger: Ledger) -> None:
         """Takes workers in: pickled (number, handle) pairs; all that there are, or only new ones.
 
-        Those known already stay as they are. The first call lets the askers in.
+        Those known already stay as they are. The first call lets the askers in, and goes on from
+        what the ledgers of driver and workers say.
         """
+        self._dispatcher.recover(ledger)
         pairs: list[tuple[int, Any]] = cloudpickle.loads(workers)
         first = not self._peopled.is_set()
         if first and ray.get_runtime_context().was_current_actor_reconstructed:

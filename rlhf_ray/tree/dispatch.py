@@ -36,7 +36,7 @@ MAX_FAILED_IN_LEDGER = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The counts of a tree's actor, which workers keep for the one that takes its place.
+    """The counts of a tree's actor; workers and driver keep them for the one that takes its place.
 
     Attributes:
         answered: requests answered.

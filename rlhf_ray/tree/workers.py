@@ -22,7 +22,8 @@ from rlhf_ray.placement import Nodes
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tree.actor import TreeActor
-from rlhf_ray.tree.client import RayStages
+from rlhf_ray.tree.client import STATS_TIMEOUT_S, RayStages
+from rlhf_ray.tree.dispatch import Ledger
 from rlhf_ray.tree.stage_worker import MakeEngine, StageWorker, as_ours
 from rlhf_ray.tree.store import TreeStore
 
@@ -76,6 +77,7 @@ class StagesHandle:
         self._progress = progress
         self._replaceable = max_replaced
         self._given_up = 0
+        self._ledger = Ledger()
         self._poll_s = poll_s
         self._numbers = itertools.count()
         self._workers: dict[int, Any] = {}
@@ -150,12 +152,14 @@ class StagesHandle:
     def _hand_in(self, numbers: Sequence[int]) -> None:
         # Pickled, so that an actor that restarts finds the handles without Ray's warning.
         pairs = [(number, self._workers[number]) for number in numbers]
-        self._tree.add_workers.remote(_dumps(pairs))
+        self._tree.add_workers.remote(_dumps(pairs), self._ledger)
 
     def _follow(self) -> None:
         while not self._ended.wait(self._poll_s):
             try:
                 known = {worker["number"]: worker for worker in self.stats()["workers"]}
+                if known:  # not by an actor that has just been started anew
+                    self._ledger = ray.get(self._tree.record.remote(), timeout=STATS_TIMEOUT_S)
                 self._adjust(known, self._how_many(node_resources()))
             except ActorDiedError:
                 return  # for good: askers are told so
