@@ -197,8 +197,7 @@ def test_fresh_forgets_the_sweep_and_keeps_lock_and_tree(
 
 @pytest.mark.usefixtures("ray_session")
 def test_sharing_and_concurrency_change_no_figure(finished: Finished, tmp_path: Path) -> None:
-    asked = {"share": False, "concurrent_trials": 2, "num_workers": 2, "env_runners": 1}
-    alone = search(small_suite(), config(tmp_path, **asked))
+    alone = search(small_suite(), config(tmp_path, share=False, concurrent_trials=2, num_workers=2))
     assert same(alone.table(), finished.result.table())
     curves = [[trial["curve"] for trial in r.trials] for r in (alone, finished.result)]
     assert curves[0] == curves[1]
