@@ -1,6 +1,7 @@
 """Fixtures of the whole test run: one Ray for all tests that need it."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+TESTS = Path(__file__).parent
+FOLDERS = (TESTS, *(path for path in TESTS.iterdir() if path.is_dir()))
+"""Where Ray's processes find what tests define themselves."""
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +29,7 @@ def ray_session() -> Iterator[None]:
         log_to_driver=False,
         object_store_memory=200 * 2**20,
         # actors import what tests define beside themselves (fake_engine, zoo)
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, FOLDERS))}},
     )
     yield
     ray.shutdown()
