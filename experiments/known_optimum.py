@@ -106,7 +106,13 @@ def run(method: str, number: int, seed: int) -> dict[str, Any]:
 
 def start_process() -> None:
     torch.set_num_threads(1)
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
 
 
 def summary(table: pd.DataFrame) -> str:

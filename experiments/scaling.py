@@ -168,7 +168,7 @@ two Ray calls (an asker's, and one to a worker); its own code is the last table'
 
 
 def main() -> None:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     cores = len(os.sched_getaffinity(0))
     print(
         f"# Scaling\n\n`python experiments/scaling.py`; {cores} cores, Ray {ray.__version__}, "
