@@ -26,6 +26,9 @@ ALGORITHM_NAMES = ("dqn", "ppo", "q-learning")
 WITHOUT_EPSILON = ("ppo",)
 """Algorithms that sample their actions; RLlib's `entropy_coeff` says how random they stay."""
 
+ON_POLICY = ("ppo",)
+"""Algorithms that learn from what their own policy played alone."""
+
 SWEPT: tuple[str, ...] = ("gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight")
 """The settings that a sweep varies; each takes one or more values."""
 
@@ -47,6 +50,8 @@ class SearchConfig:
             and highest value; None: the grid of all values (the defaults: a half-fraction of it).
         algorithm: what learns: "dqn", "ppo", or "q-learning" in tables, for the observations
             "tabular" and "prefix".
+        controller: "levels": a policy per level; "single": one for all levels' turns, for
+            comparison; not for "q-learning".
         alpha: step size of "q-learning", in (0, 1].
         episodes: episodes per trial, >= 1.
         warm_up: part of the episodes, from the first, over which epsilon is 1, in
@@ -55,8 +60,13 @@ class SearchConfig:
             final value, in [0, 1].
         explore_by: "episode": an episode is random altogether, with probability epsilon, or greedy
             altogether, so that trials share what they explore; "step": drawn for every step.
+        persistence: probability that a random action repeats the operation before it, at the level
+            that it was handed to, in [0, 1): what pays when it is repeated is found sooner.
+        counterfactuals: "dqn" learns from what a stage implies, too: the same stage with other
+            hand-overs or asked for by other levels, skips and stops. Exact, and without a stage.
         horizon: stages per episode at most, >= 1.
-        budget: tuning cost per episode after which no stage is begun, full stages, > 0.
+        budget: tuning cost that no episode exceeds, full stages, > 0; with cost seconds, no stage
+            is begun once it is spent, and the last one may exceed it.
         seed: of the sweep: exploration, tasks drawn, networks; >= 0.
         replicas: replica seeds that policies are trained on, >= 1.
         judge_replicas: replica seeds that figures on val and test tasks are means over, >= 1.
@@ -74,11 +84,13 @@ class SearchConfig:
         utility_cost: a of the utility `metric - a * cost - b * switches`, per full stage, >= 0.
         utility_switch: b of the utility, per level of distance, >= 0.
         baselines: schedules to compare with on the test tasks besides those always shown:
-            names, or "all".
+            names, or "all" (all but those that search on the test task: asha, tpe, optimum).
+        search_stages: stages that "asha" and "tpe" may carry out on a task, >= 1.
         val_size: val examples that decisions use, >= 1.
         device: "auto", "cpu" or "cuda".
         precision: "fp32", or "bf16" on CUDA.
-        cache_gb: bound on cached activations per worker, GB, >= 0; 0: no caching.
+        cache_gb: bound per worker on each of: cached activations, tasks' data on the device,
+            weights in memory; GB, >= 0; 0: no caching. The data of the task at work always stay.
         weights_gb: bound on the weights kept under the storage path, GB, > 0.
         storage_path: where everything durable goes: a folder or a URI that pyarrow.fs opens.
         name: of the sweep's folder; None: made from suite and configuration.
@@ -91,6 +103,9 @@ class SearchConfig:
         stages_in_flight: episodes that one trial plays at once, >= 1.
         env_runners: remote RLlib env runners per trial, >= 0; 0: in the trial itself.
         share: carry every stage out once for the whole sweep; False: every time it is asked for.
+        share_experience: a trial of "dqn" or "q-learning" learns also from the episodes of trials
+            that are done, with rewards weighed its own way; needs share. Which are done when it
+            begins is a matter of timing: same seed, same table then holds with concurrent_trials 1.
         prefill: carry out the whole tree to this depth first, 0 to 3.
         replay_only: carry out nothing new; a stage that is not in the tree is an error.
         mlflow: tracking URI of an MLflow server, or a folder: trials are logged there too.
@@ -101,14 +116,17 @@ class SearchConfig:
     gamma: tuple[float, ...] = (0.9, 0.99)
     epsilon: tuple[float, ...] = (0.05, 0.2)
     tuning_cost_weight: tuple[float, ...] = (0.05, 0.1)
-    switch_cost_weight: tuple[float, ...] = (0.005, 0.01)
+    switch_cost_weight: tuple[float, ...] = (0.01, 0.02)
     num_samples: int | None = None
     algorithm: str = "dqn"
+    controller: Literal["levels", "single"] = "levels"
     alpha: float = 0.1
     episodes: int = 128
     warm_up: float = 0.85
     decay_fraction: float = 0.85
     explore_by: Literal["episode", "step"] = "episode"
+    persistence: float = 0.6
+    counterfactuals: bool = True
     horizon: int = 5
     budget: float | None = None
     seed: int = 0
@@ -127,6 +145,7 @@ class SearchConfig:
     utility_cost: float = 0.02
     utility_switch: float = 0.002
     baselines: tuple[str, ...] = ()
+    search_stages: int = 20
     val_size: int = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -143,6 +162,7 @@ class SearchConfig:
     stages_in_flight: int = 4
     env_runners: int = 0
     share: bool = True
+    share_experience: bool = False
     prefill: int = 0
     replay_only: bool = False
     mlflow: str | None = None
@@ -228,6 +248,7 @@ class SearchConfig:
         elsewhere = {
             "storage_path", "name", "address", "num_workers", "cpus_per_worker",
             "gpus_per_worker", "concurrent_trials", "cache_gb", "weights_gb", "baselines",
+            "search_stages",
             "device", "replay_only", "dashboard", "mlflow", "wandb",
         }  # fmt: skip
         return digest({k: v for k, v in self.as_json().items() if k not in elsewhere})
@@ -261,10 +282,25 @@ def check_observation(config: SearchConfig) -> None:
 
     Not part of the schema's own checks: a suite may want another observation by default.
     """
+    if config.controller == "single":
+        _check_single(config)
     if config.algorithm == "q-learning" and not config.observer().discrete:
         raise InputError(
             "observation must be tabular, prefix or both for q-learning, which has a table row per "
             f"state, got observation={' '.join(config.observation)}. Add --observation tabular."
+        )
+
+
+def _check_single(config: SearchConfig) -> None:
+    if config.algorithm == "q-learning":
+        raise InputError(
+            "controller must be levels for q-learning, got controller=single: the state says whose "
+            "turn it is, so one table would hold the rows of all. Take dqn or ppo."
+        )
+    if "level" not in config.observer().groups:
+        raise InputError(
+            "observation must hold the group level for a single controller, which learns from it "
+            f"whose turn it is, got observation={' '.join(config.observation)}. Add it."
         )
 
 
@@ -276,7 +312,7 @@ def _default_of(name: str) -> Any:
 _AT_LEAST = {
     "num_samples": 1, "episodes": 1, "horizon": 1, "seed": 0, "replicas": 1, "judge_replicas": 1,
     "steps": 1, "batch_size": 1, "val_size": 1, "num_workers": 1, "concurrent_trials": 1,
-    "stages_in_flight": 1, "env_runners": 0,
+    "stages_in_flight": 1, "env_runners": 0, "search_stages": 1,
     "utility_cost": 0, "utility_switch": 0, "cache_gb": 0, "gpus_per_worker": 0,
 }  # fmt: skip
 
@@ -305,12 +341,20 @@ def _check(config: SearchConfig) -> None:
             f"epsilon must be left out for {config.algorithm}, got epsilon={config.epsilon}: it "
             "samples its actions. Say how random they stay with --rllib entropy_coeff=0.05."
         )
+    if config.share_experience and (config.algorithm in ON_POLICY or not config.share):
+        raise InputError(
+            "share_experience must go with share and an algorithm that learns off-policy, got "
+            f"algorithm={config.algorithm}, share={config.share}. Take dqn or q-learning, and "
+            "leave share on."
+        )
     warm_up, decay_fraction = _number(config, "warm_up"), _number(config, "decay_fraction")
     if not 0 <= (warm_up or 0) <= (decay_fraction or 0) <= 1:
         raise InputError(
             "0 <= warm_up <= decay_fraction <= 1 must hold, got "
             f"warm_up={warm_up}, decay_fraction={decay_fraction}. Give both."
         )
+    if not 0 <= (_number(config, "persistence") or 0) < 1:
+        raise InputError(f"persistence must lie in [0, 1), got persistence={config.persistence}.")
     if not 0 < config.alpha <= 1:
         raise InputError(f"alpha must lie in (0, 1], got alpha={config.alpha}.")
     config.observer()

@@ -9,6 +9,8 @@ import numpy as np
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.utils.typing import MultiAgentDict
 
+from rlhf_ray.algorithms.counterfactuals import counterfactuals
+from rlhf_ray.algorithms.handover import IMPLIED, Transitions
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.process import (
@@ -20,7 +22,7 @@ from rlhf_ray.process import (
     start_request,
     start_state,
 )
-from rlhf_ray.tree.tally import TalliedStages
+from rlhf_ray.tree.tally import TalliedStages, Tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,8 @@ class FineTuningEnv(MultiAgentEnv):
 
     Args:
         config: "spec" (ProcessSpec), "observer" (Observer), "plan" (EpisodePlan), "stages"
-            (TalliedStages).
+            (TalliedStages; the environment counts in `episode_notes`, not in its tally);
+            "counterfactuals" (bool, False by default): note what every step implies.
 
     `reset(options={"episode": n})` plays episode n; without it, the one after the last.
     """
@@ -81,6 +84,10 @@ class FineTuningEnv(MultiAgentEnv):
         self._plan: EpisodePlan = config["plan"]
         self._all_stages: TalliedStages = config["stages"]
         self._stages = self._all_stages
+        self._tally = Tally()
+        self._actions: list[int] = []
+        self._implies: bool = config.get("counterfactuals", False)
+        self._implied: list[Transitions] = []
         self._episode = -1
         self._state: State | None = None
         names = [*self._spec.levels]
@@ -97,7 +104,8 @@ class FineTuningEnv(MultiAgentEnv):
         """Starts an episode from the pretrained model."""
         self._episode = (options or {}).get("episode", self._episode + 1)
         task, replica, level = self._plan.draw(self._episode)
-        self._stages = self._all_stages.within(f"episode-{self._episode}")
+        self._tally, self._actions, self._implied = Tally(), [], []
+        self._stages = self._all_stages.within(f"episode-{self._episode}", self._tally)
         outcome = self._stages.outcome(start_request(task, replica)).outcome
         self._state = start_state(self._spec, outcome, task, replica, level)
         return self._observe(self._state), {}
@@ -109,12 +117,29 @@ class FineTuningEnv(MultiAgentEnv):
         assert self._state is not None, "reset comes before step"
         acting = self._spec.levels[self._state.level]
         action = int(action_dict[acting])
+        self._actions.append(action)
         request = stage_request(self._spec, self._state, action)
         outcome = None if request is None else self._stages.outcome(request).outcome
+        if self._implies:
+            self._implied.append(
+                counterfactuals(self._spec, self._observer, self._state, action, outcome)
+            )
         self._state, step = advance(self._spec, self._state, action, outcome)
         rewards: MultiAgentDict = {acting: step.reward}
         ended: MultiAgentDict = {"__all__": self._state.terminated}
         return self._observe(self._state), rewards, ended, {"__all__": False}, {}
+
+    def episode_notes(self) -> dict[str, Any]:
+        """Of the episode so far: "tally" (Tally) of its stages, "actions", as taken, and `IMPLIED`.
+
+        They go where the episode goes, whichever process plays it: one that is lost with its
+        process and played again is counted once.
+        """
+        return {
+            "tally": self._tally,
+            "actions": list(self._actions),
+            IMPLIED: list(self._implied),
+        }
 
     def _observe(self, state: State) -> MultiAgentDict:
         return {

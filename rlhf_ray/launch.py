@@ -7,6 +7,7 @@ stands there. torch and Ray are imported late: `--help` and typing errors answer
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -41,14 +42,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "suite": tuple(f.name for f in dataclasses.fields(SuiteOptions)),
     "sweep": (
         "gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight", "num_samples",
-        "algorithm", "alpha", "episodes", "warm_up", "decay_fraction", "explore_by", "seed",
-        "replicas", "rllib",
+        "algorithm", "controller", "alpha", "episodes", "warm_up", "decay_fraction", "explore_by",
+        "persistence", "counterfactuals", "share_experience", "seed", "replicas", "rllib",
     ),
     "episode": (
         "horizon", "budget", "performance", "cost", "start", "observation", "only_operations",
         "steps", "batch_size", "optimizer", "learning_rates", "keep_optimizer_state",
     ),
-    "judging": ("utility_cost", "utility_switch", "baselines", "val_size", "judge_replicas"),
+    "judging": (
+        "utility_cost", "utility_switch", "baselines", "search_stages", "val_size",
+        "judge_replicas",
+    ),
     "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),
     "cluster": (
         "address", "dashboard", "num_workers", "cpus_per_worker", "gpus_per_worker",
@@ -57,6 +61,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "output": ("mlflow", "wandb", "max_minutes", "list", "dry_run", "json", "quiet", "version"),
 }  # fmt: skip
 """Headings of `--help`; a field that is in none stands under "other"."""
+
+
+MENDED = "A worker died or was killed while|retries remaining, so the task will be retried"
+"""What Ray prints of lost processes that it replaces by itself, `log_to_driver` or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +167,7 @@ def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
 
 
 def _dry_run(options: SuiteOptions, config: SearchConfig, terminal: Terminal) -> dict[str, Any]:
+    _check_baselines(config)
     with _scratch_copy(config.storage_path) as scratch:
         suite = options.load(scratch, terminal.message)
     from rlhf_ray.sweep.search import plan
@@ -197,6 +206,8 @@ def _search(
     check_extras(config)
     _check_storage(config.storage_path)
     terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", MENDED)  # read when Ray is imported
+    _check_baselines(config)
     suite = suite_options.load(_pretrained_at(config.storage_path), terminal.message)
     from rlhf_ray.sweep.search import plan, search
 
@@ -351,6 +362,13 @@ def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             found[key] = value
     return found
+
+
+def _check_baselines(config: SearchConfig) -> None:
+    """Checks what names no level before the suite is loaded, which may pretrain for minutes."""
+    from rlhf_ray.evaluation.baselines import baselines_for
+
+    baselines_for([name for name in config.baselines if not name.startswith("level:")], levels=())
 
 
 def _check_storage(location: str) -> None:

@@ -7,7 +7,7 @@ out is left to the caller: `stage_request` says what to ask for, `advance` takes
 Dimension letters: L levels, O operations, A = O * L actions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -50,7 +50,9 @@ class ProcessSettings:
         performance: "gain": increase of the best val metric so far; "value": the metric itself at
             every step, the founding document's literal form.
         cost: "flops": in full stages; "seconds": as measured (then no two runs are equal).
-        budget: no stage is begun once a path has cost this much; None: no bound.
+        budget: what a path may cost, > 0; None: no bound. A stage whose price would exceed it is
+            not begun. Where prices are not known beforehand (`cost="seconds"`; what operations of
+            a user's own charge besides), the last stage may exceed it.
         weights: of the reward's terms.
     """
 
@@ -78,6 +80,7 @@ class ProcessSpec:
         higher_is_better: the metric's direction.
         probed: whether the observation uses the probes of the start, which are then charged.
         settings: see `ProcessSettings`.
+        price: (task, path) -> FLOPs of the path's last stage; None: not known beforehand.
     """
 
     levels: tuple[str, ...]
@@ -86,6 +89,7 @@ class ProcessSpec:
     higher_is_better: bool = True
     probed: bool = True
     settings: ProcessSettings = field(default_factory=ProcessSettings)
+    price: Callable[[str, StagePath], float] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [operation.name for operation in self.operations]
@@ -212,12 +216,25 @@ def start_request(task: str, replica: int) -> StageRequest:
     return StageRequest(task=task, replica=replica)
 
 
+def affordable(spec: ProcessSpec, state: State, step: StageStep) -> bool:
+    """Whether the budget has room for another stage; with prices not known, whether any is left."""
+    budget = spec.settings.budget
+    if budget is None:
+        return True
+    if spec.price is None or not step.levels:
+        return state.cost < budget
+    price = spec.price(state.task, (*state.path, step)) / spec.reference_flops
+    # sums of the same terms may differ by rounding
+    return state.cost + price <= budget * (1 + 1e-9)
+
+
 def action_mask(spec: ProcessSpec, state: State) -> NDArray[np.int8]:
     """Which actions are open, int8 (A,): at least `stop`.
 
     Closed are: actions that differ in name only (`stop` with every next level, an operation that
     does here what an earlier one does, a hand-over after the last stage), `skip` to oneself or
-    after L - 1 skips in a row, and every stage once the budget is spent.
+    after L - 1 skips in a row, stages that the budget has no room for (`affordable`), and all but
+    `stop` once it is spent.
     """
     mask = np.zeros((len(spec.operations), spec.n_levels), dtype=np.int8)
     budget = spec.settings.budget
@@ -231,8 +248,10 @@ def action_mask(spec: ProcessSpec, state: State) -> NDArray[np.int8]:
             if state.skips < spec.n_levels - 1 and not spent:
                 mask[row] = 1
                 mask[row, state.level] = 0
-        elif not spent:
+        else:
             levels = operation.levels(state.level, spec.n_levels)
+            if not affordable(spec, state, StageStep(operation=operation, levels=levels)):
+                continue
             effect = digest(operation.settings(), list(levels))
             if effect not in seen:
                 seen.add(effect)

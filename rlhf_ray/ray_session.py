@@ -26,7 +26,8 @@ from rlhf_ray.placement import (
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.shared_storage import check_shared
 from rlhf_ray.tasks import Suite
-from rlhf_ray.tree.workers import StagesHandle, node_resources, start_workers
+from rlhf_ray.tree.pool import StagesHandle, node_resources
+from rlhf_ray.tree.workers import start_workers
 
 TRIAL_CPUS = 0.5
 """What Ray reserves for a trial: it waits for stages most of the time."""

@@ -49,8 +49,8 @@ def check_extras(config: SearchConfig) -> None:
         )
 
 
-def tracker_callbacks(config: SearchConfig, sweep: str) -> "list[LoggerCallback]":
-    """Tune's callbacks of the trackers that are asked for, each known to answer.
+def tracker_callbacks(config: SearchConfig, sweep: str) -> "dict[str, LoggerCallback]":
+    """Tune's callbacks of the trackers that are asked for, by setting; each known to answer.
 
     Raises:
         InputError: a tracker does not answer, or takes nothing from this user.
@@ -73,7 +73,7 @@ def tracker_callbacks(config: SearchConfig, sweep: str) -> "list[LoggerCallback]
                 f"{setting} must name a tracker that answers, got "
                 f"{setting}={_shown(getattr(config, setting))}: {reason}"
             ) from error
-    return list(callbacks.values())
+    return callbacks
 
 
 def _shown(value: str | bool) -> str:

@@ -38,6 +38,11 @@ def step(*levels: int, rate: float = 1e-3) -> StageStep:
     return StageStep(operation=Train(name=f"train {rate:g}", learning_rate=rate), levels=levels)
 
 
+def price(task: str, path: StagePath) -> float:
+    """What the last stage of a path costs below, in FLOPs."""
+    return 50.0 * len(path[-1].levels) + 10.0
+
+
 def learns(path: StagePath, task: str) -> float:
     """0.1 per stage on the head at rate 1e-3, less elsewhere; falls after the third stage."""
     metric = START

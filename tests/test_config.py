@@ -40,6 +40,8 @@ from rlhf_ray.process import RewardWeights
         ({"alpha": 0.0}, r"alpha must lie in \(0, 1\], got alpha=0.0"),
         ({"only_operations": ("train_mod",)}, "operation must be .*Did you mean 'train_mid'"),
         ({"algorithm": "ppo", "epsilon": 0.1}, "epsilon must be left out for ppo.*entropy_coeff"),
+        ({"algorithm": "ppo", "share_experience": True}, "share_experience must go.*Take dqn or"),
+        ({"share": False, "share_experience": True}, "share_experience must go.*got.*share=False"),
         ({"learning_rates": (1e-3, 1e-2)}, "learning_rates must be three"),
         ({"learning_rates": (0.0, 1e-3, 1e-2)}, "learning_rate must be > 0"),
         ({"name": "../up"}, "name must be that of one folder"),
@@ -74,7 +76,8 @@ def test_digest_is_of_what_is_computed_not_of_where() -> None:
         {"concurrent_trials": 1}, {"baselines": ("all",)}, {"cache_gb": 0.0},
     ):  # fmt: skip
         assert replace(base, **change).digest() == base.digest()
-    for change in ({"seed": 1}, {"gamma": (0.9,)}, {"episodes": 5}, {"rllib": {"lr": 1e-4}}):
+    for change in ({"seed": 1}, {"gamma": (0.9,)}, {"episodes": 5}, {"rllib": {"lr": 1e-4}},
+                   {"share_experience": True}):  # fmt: skip
         assert replace(base, **change).digest() != base.digest()
 
 

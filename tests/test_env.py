@@ -120,6 +120,18 @@ def test_reward_and_end_are_those_of_the_process() -> None:
     assert rewards == {"head": 0.0} and ended["__all__"]
 
 
+def test_notes_are_of_this_episode_alone() -> None:
+    env = env_of(SyntheticStages(), spec_of(2, horizon=2, probed=True))
+    for _ in range(2):
+        observations, _ = env.reset()
+        assert env.episode_notes()["actions"] == []
+        observations, *_ = act(env, observations, "train_mid", to=1)
+        act(env, observations, "stop", to=1)
+        notes = env.episode_notes()
+        assert len(notes["actions"]) == 2 and notes["tally"].logical == 1
+    assert env._all_stages.tally == Tally()
+
+
 def test_step_before_reset_is_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="reset comes before step"):
         env_of().step({"conv": 0})
@@ -151,7 +163,7 @@ def test_stage_that_always_fails_counts_as_diverged_and_the_episode_goes_on() ->
     assert state is not None and state.outcome.diverged
     assert (state.outcome.metric, len(state.path), len(state.best_path)) == (START + 0.1, 2, 1)
     _, _, ended, _, _ = act(env, observations, "train_mid")  # fails like what it goes on from
-    tally = env._all_stages.tally
+    tally = env.episode_notes()["tally"]
     assert ended["__all__"] and (tally.logical, tally.distinct, tally.failed) == (3, 1, 2)
     assert tally.failure == "a stage must run, got OOM" and tally.summary()["failed"] == 2
     assert Tally.from_json(tally.as_json()) == tally

@@ -11,13 +11,14 @@ ROOT = Path(rlhf_ray.__file__).parent
 
 RAY_MODULES = {
     "cluster_metrics", "env", "ray_session", "shared_storage", "submission.cluster",
-    "sweep.search", "sweep.trial", "sweep.tuning", "tensorboard", "trackers", "tree.actor",
-    "tree.client", "tree.dispatch", "tree.stage_worker", "tree.workers",
+    "sweep.search", "sweep.tracking", "sweep.trial", "sweep.tuning", "tensorboard", "trackers",
+    "tree.actor", "tree.client", "tree.dispatch", "tree.pool", "tree.stage_worker", "tree.workers",
 }  # fmt: skip
 """May import Ray, or one another, when they are imported; so may the algorithms, but for those:"""
 
 RAY_FREE_ALGORITHMS = {
-    "algorithms", "algorithms.exploration", "algorithms.handover", "algorithms.settings",
+    "algorithms", "algorithms.counterfactuals", "algorithms.exploration", "algorithms.handover",
+    "algorithms.settings",
 }  # fmt: skip
 
 

@@ -144,6 +144,38 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
+def test_a_baseline_that_does_not_exist_is_refused_before_the_suite_is_loaded(
+    mode, tmp_path, monkeypatch, capsys
+):
+    loaded = []
+    monkeypatch.setattr("rlhf_ray.suites.load_suite", lambda name, **_: loaded.append(name))
+    storage = str(tmp_path / "runs")
+    status = launch.main(["--storage-path", storage, "--baselines", "level:any", "fixxed", *mode])
+    error = capsys.readouterr().err
+    assert (status, loaded) == (2, [])
+    assert error == (
+        "error: baseline must be one that exists, got baseline='fixxed'. Did you mean 'fixed'?\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_ray_keeps_to_itself_what_it_mends_by_itself(tmp_path):
+    code = (
+        "import rlhf_ray.launch as launch\n"
+        "launch.main(['--quiet', '--suite', 'nowhere:suite'])\n"
+        "from ray._private.worker import print_to_stdstream\n"
+        "for line in ('A worker died or was killed while executing', 'the disk is full'):\n"
+        "    data = {'lines': [line], 'pid': 'raylet', 'is_err': False}\n"
+        "    print_to_stdstream(data, ignore_prefix=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "the disk is full" in done.stdout
+    assert "A worker died" not in done.stdout
+
+
 def test_a_bad_flag_in_a_process_of_its_own(tmp_path):
     done = run_module("--gama", "0.5", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import SyntheticStages, spec_of
+from synthetic import SyntheticStages, price, spec_of
 
 from rlhf_ray.errors import InputError
 from rlhf_ray.operations import Skip, Stop, Train, default_operations
@@ -93,6 +95,33 @@ def test_mask_with_spent_budget_opens_stop_alone():
     state, _ = act(spec, stages, state, "train_mid", 1)
     assert state.cost == pytest.approx(0.7)
     assert open_actions(spec, state) == {("stop", 1)}
+
+
+def test_mask_closes_stages_whose_price_exceeds_what_is_left_of_the_budget():
+    stages = SyntheticStages()
+    spec = replace(spec_of(3, budget=1.3, horizon=9), price=price)
+    state = begin(spec, stages)
+    names = {name for name, _ in open_actions(spec, state)}
+    assert names == {"train_low", "train_mid", "train_high", "skip", "stop"}  # all levels cost 1.6
+    state, _ = act(spec, stages, state, "train_mid", 2)
+    assert "train_mid" in {name for name, _ in open_actions(spec, state)}  # 0.7 + 0.6: just so
+    state, _ = act(spec, stages, state, "train_mid", 1)
+    assert state.cost == pytest.approx(1.3)
+    spec = replace(spec, settings=replace(spec.settings, budget=1.5))
+    assert {name for name, _ in open_actions(spec, state)} == {"skip", "stop"}
+
+
+def test_no_path_of_open_actions_exceeds_the_budget_where_prices_are_known():
+    spec, stages = replace(spec_of(2, budget=2.0, horizon=9), price=price), SyntheticStages()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        state = begin(spec, stages)
+        while not state.terminated:
+            action = int(rng.choice(np.flatnonzero(action_mask(spec, state))))
+            request = stage_request(spec, state, action)
+            outcome = None if request is None else stages.outcome(request).outcome
+            state, _ = advance(spec, state, action, outcome)
+        assert state.cost <= 2.0 * (1 + 1e-9)
 
 
 def test_reward_terms_are_recorded_apart_and_weighed():

@@ -26,7 +26,7 @@ SOURCES = {
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 BETWEEN_PROCESSES = {
-    "tree/actor.py", "tree/stage_worker.py", "tree/workers.py", "sweep/tuning.py",
+    "tree/actor.py", "tree/pool.py", "tree/stage_worker.py", "tree/workers.py", "sweep/tuning.py",
 }  # fmt: skip
 """Modules that pickle what passes between the processes of one cluster; none of it is stored."""
 

@@ -68,7 +68,8 @@ def test_an_empty_name_is_refused(fakes):
 def test_trackers_are_tunes_own_callbacks_under_the_sweeps_name(fakes):
     config = SearchConfig(mlflow="http://127.0.0.1:5000", wandb="tuning")
     check_extras(config)
-    mlflow, wandb = tracker_callbacks(config, "digits-1")
+    found = tracker_callbacks(config, "digits-1")
+    mlflow, wandb = found["mlflow"], found["wandb"]
     assert type(mlflow) is fakes["mlflow"]
     assert (mlflow.values, mlflow.names) == (
         ("http://127.0.0.1:5000",),
@@ -76,7 +77,7 @@ def test_trackers_are_tunes_own_callbacks_under_the_sweeps_name(fakes):
     )
     assert type(wandb) is fakes["wandb"]
     assert wandb.names == {"project": "tuning", "group": "digits-1"}
-    assert tracker_callbacks(SearchConfig(), "digits-1") == []
+    assert tracker_callbacks(SearchConfig(), "digits-1") == {}
 
 
 def test_a_tracker_that_does_not_answer_is_bad_input(fakes):

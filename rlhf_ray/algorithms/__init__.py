@@ -8,7 +8,8 @@ step. Such an environment
 - gives each step's reward to the acting agent alone, and ends by `terminateds["__all__"]`;
 - is reset by `reset(options={"episode": n})`, which fixes all that is random about episode n;
 - may block in `step`, and is called from one thread at a time;
-- may have a method `episode_metrics() -> dict[str, float]`, asked when an episode has ended.
+- may have the methods `episode_metrics() -> dict[str, float]` and `episode_notes() -> dict[str,
+  Any]` (whatever can be pickled), asked when an episode has ended.
 """
 
 from collections.abc import Callable, Mapping
@@ -74,6 +75,11 @@ def build_algorithm(
     check_algorithm(name)
     if not levels or len(set(levels)) != len(levels):
         raise InputError(f"levels must be distinct names, at least one, got levels={levels}.")
+    if settings.controller == "single" and name == "q-learning":
+        raise InputError(
+            "controller must be 'levels' for q-learning, got controller='single': the state says "
+            "whose turn it is, so one table would hold the rows of all. Take dqn or ppo."
+        )
     return import_module(ALGORITHMS[name]).build(
         env_creator=env_creator,
         env_config=env_config,
@@ -100,6 +106,7 @@ def network_settings(
         hidden=settings.hidden,
         dueling=settings.dueling,
         encoder=settings.encoder,
+        controller=settings.controller,
         n_members=settings.n_members,
         pessimism=settings.pessimism,
     )
@@ -120,6 +127,11 @@ def episodes_of(result: Mapping[str, Any]) -> list[dict[str, float]]:
     return list(result["episode_records"])
 
 
+def notes_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the environment's `episode_notes()` gave for each episode that a `train()` played."""
+    return list(result["episode_notes"])
+
+
 __all__ = [
     "ALGORITHMS",
     "AlgorithmSettings",
@@ -128,4 +140,5 @@ __all__ = [
     "episodes_of",
     "level_weights",
     "network_settings",
+    "notes_of",
 ]

@@ -8,7 +8,7 @@ to the env runners. Its result holds, and nothing else of RLlib's:
   (returns undiscounted, explored);
 - what the algorithm learned: see its module;
 - `sample_s`, `update_s`: seconds of this iteration;
-- `episode_records`: see `rlhf_ray.algorithms.episodes_of`.
+- `episode_records`: see `rlhf_ray.algorithms.episodes_of`; `episode_notes`: see `notes_of` there.
 
 RLlib counts cheap steps (1,000 per iteration, say); a step here is a fine-tuning stage, so
 everything is counted in episodes and updates instead.
@@ -18,7 +18,7 @@ import abc
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from rlhf_ray.algorithms.env_runner import EnvFactory, NumberedEpisodesRunner
+from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.modules import level_of_agent
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 from rlhf_ray.errors import InputError, LostProcessError, RlhfRayError, unknown_name
@@ -66,6 +67,22 @@ class HandoverAlgorithm(Algorithm):
     @abc.abstractmethod
     def _learn(self, episodes: list[MultiAgentEpisode]) -> dict[str, float]:
         """Learns from new episodes, counts its updates, and says how it went."""
+
+    @abc.abstractmethod
+    def remember(
+        self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()
+    ) -> None:
+        """Takes in complete episodes that others played, with this trial's rewards, to replay them.
+
+        What they imply (`rlhf_ray.algorithms.counterfactuals`) is for algorithms that replay
+        transitions; others leave it.
+
+        They are no episodes of the trial, and no updates are made: on problems with a known optimum
+        (`rlhf_ray.testing`) a warm-up of as many as its own episodes get changed nothing.
+
+        Raises:
+            InputError: it learns from what its own policy played alone.
+        """
 
     @abc.abstractmethod
     def level_weights(self) -> dict[str, torch.Tensor]:
@@ -204,6 +221,7 @@ def _episode_metrics(episodes: list[MultiAgentEpisode]) -> dict[str, Any]:
         "return_max": max(returns),
         "length_mean": float(np.mean([record["length"] for record in records])),
         "episode_records": records,
+        "episode_notes": [episode.custom_data["notes"] for episode in episodes],
     }
 
 

@@ -6,7 +6,7 @@ to the result `loss`, `td_error`, `q_value` (means over the iteration's updates)
 `learning_rate`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,14 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings, network_settings
 from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
-from rlhf_ray.algorithms.handover import ReplayBuffer, flatten
+from rlhf_ray.algorithms.handover import (
+    IMPLIED,
+    ReplayBuffer,
+    Transitions,
+    Turn,
+    transitions,
+    turns,
+)
 from rlhf_ray.algorithms.learner import HandoverLearner
 from rlhf_ray.algorithms.modules import levels_spec
 from rlhf_ray.digests import derive_seed
@@ -54,18 +61,30 @@ class HandoverDQN(HandoverAlgorithm):
         return ReplayBuffer(derive_seed(config.settings.seed, "replay"))
 
     def _learn(self, episodes: list[MultiAgentEpisode]) -> dict[str, float]:
-        settings, buffer = self._settings, self.local_replay_buffer
-        for episode in episodes:
-            buffer.add(
-                flatten(episode, self.config.levels, "own" if settings.stock else "handover")
-            )
-        n_steps = sum(len(episode) for episode in episodes)
-        n_updates = max(1, round(settings.updates_per_step * n_steps))
         rate = self._learning_rate(self._progress(episodes))
-        batches = buffer.sample(n_updates, settings.batch_size)
+        self.remember(
+            [turns(episode, self.config.levels) for episode in episodes],
+            [
+                part
+                for episode in episodes
+                for part in episode.custom_data["notes"].get(IMPLIED, ())
+            ],
+        )
+        n_updates = max(1, round(self._settings.updates_per_step * sum(map(len, episodes))))
+        batches = self.local_replay_buffer.sample(n_updates, self._settings.batch_size)
         learned = self._learner.update_on(batches, learning_rate=rate)
         self._trial_counts["updates"] += n_updates
         return {**learned, "learning_rate": rate}
+
+    def remember(
+        self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()
+    ) -> None:
+        """Stores their transitions and what they imply."""
+        backup = "own" if self._settings.stock else "handover"
+        for played in episodes:
+            self.local_replay_buffer.add(transitions(played, backup))
+        for part in implied:
+            self.local_replay_buffer.add(part)
 
     def level_weights(self) -> dict[str, torch.Tensor]:
         """The learner's networks as the state dict of `LevelQNetworks`."""

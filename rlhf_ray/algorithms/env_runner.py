@@ -55,6 +55,7 @@ class _Slot:
         self.env = env
         self.number = -1
         self.action: dict[Any, int] = {}
+        self.last: int | None = None  # the action before this turn
         self.episode: MultiAgentEpisode | None = None
 
 
@@ -128,7 +129,7 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
 
         def start(slot: _Slot) -> None:
             slot.number = next(waiting, -1)
-            slot.episode = None
+            slot.episode = slot.last = None
             if slot.number >= 0:
                 options = {"episode": slot.number}
                 in_flight[self._pool.submit(slot.env.reset, options=options)] = slot
@@ -138,7 +139,8 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
             level: Any
             (level,) = slot.episode.get_agents_to_act()
             epsilon = 1.0 if random_actions else slot.episode.custom_data["epsilon"]
-            slot.action = {level: self._action(slot, level, settings.seed, epsilon)}
+            slot.last = self._action(slot, level, settings.seed, epsilon)
+            slot.action = {level: slot.last}
             in_flight[self._pool.submit(slot.env.step, slot.action)] = slot
 
         for env in self.env.envs:
@@ -174,8 +176,9 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
     def _finish(self, slot: _Slot, episode: MultiAgentEpisode) -> MultiAgentEpisode:
         # a level that never acted has an episode of length 0
         self._prune_zero_len_sa_episodes(episode)
-        metrics = getattr(slot.env, "episode_metrics", None)
-        episode.custom_data["metrics"] = dict(metrics()) if metrics else {}
+        for name in ("metrics", "notes"):
+            told = getattr(slot.env, f"episode_{name}", None)
+            episode.custom_data[name] = dict(told()) if told else {}
         return episode
 
     def _begin(
@@ -207,8 +210,21 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
         observation: Any = slot.episode.agent_episodes[level].get_observations(-1)
         step = len(slot.episode)
         mask_A = observation["action_mask"]
-        by = self.config.settings.explore_by
-        action = exploring_action(seed, slot.number, step, mask_A, epsilon, by=by)
+        settings, levels = self.config.settings, self.config.levels
+        again = None
+        if slot.last is not None:
+            operation = slot.last // len(levels)
+            again = operation * len(levels) + levels.index(level)
+        action = exploring_action(
+            seed,
+            slot.number,
+            step,
+            mask_A,
+            epsilon,
+            by=settings.explore_by,
+            again=again,
+            persistence=settings.persistence,
+        )
         if action is not None:
             return action
         sampled = self.config.samples_actions and slot.episode.custom_data["explore"]

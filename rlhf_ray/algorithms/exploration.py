@@ -48,6 +48,8 @@ def exploring_action(
     epsilon: float,
     *,
     by: ExploreBy = "step",
+    again: int | None = None,
+    persistence: float = 0.0,
 ) -> int | None:
     """The random action of this step, or None to act greedily.
 
@@ -58,16 +60,22 @@ def exploring_action(
         mask_A: non-zero where an action is valid; at least one is.
         epsilon: probability of a random action.
         by: "step": draw for every step whether it explores; "episode": for all its steps at once.
+        again: the action that repeats the last operation where it was handed to; None: there is
+            none.
+        persistence: probability that a random action is that one, if it is valid: what pays only
+            when it is done several times over is found (Dabney et al. 2021).
 
     Returns:
         A valid action or None. A larger epsilon only adds steps at which it is not None.
     """
     generator = np.random.default_rng(derive_seed(seed, "explore", episode, step))
-    coin, which = generator.random(2)
+    coin, which, repeat = generator.random(3)
     if by == "episode":
         coin = np.random.default_rng(derive_seed(seed, "explore", episode)).random()
     if coin >= epsilon:
         return None
+    if again is not None and mask_A[again] and repeat < persistence:
+        return again
     valid = np.flatnonzero(mask_A)
     return int(valid[int(which * len(valid))])
 

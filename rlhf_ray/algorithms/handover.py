@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Backup = Literal["handover", "own"]
 
+IMPLIED = "implied"
+"""Key of an episode's notes: a list of transitions that its steps imply (`counterfactuals`)."""
+
 _SKIPPED = "S"  # MultiAgentEpisode.SKIP_ENV_TS_TAG: the agent saw nothing at this step
 
 
@@ -141,20 +144,16 @@ def following(level_T: Sequence[int], backup: Backup = "handover") -> list[int]:
     ]
 
 
-def flatten(
-    episode: "MultiAgentEpisode", levels: Sequence[str], backup: Backup = "handover"
-) -> Transitions:
+def transitions(played: Sequence[Turn], backup: Backup = "handover") -> Transitions:
     """A complete episode as transitions.
 
     Args:
-        episode: see `turns`.
-        levels: the level names (agents), in order.
+        played: its turns, one at least.
         backup: see `following`.
 
     Returns:
         One transition per step, in the order of the environment.
     """
-    played = turns(episode, levels)
     places = following([turn.level for turn in played], backup)
     after_turns = [played[place] if place >= 0 else None for place in places]
     blank = {name: np.zeros_like(value) for name, value in played[0].observation.items()}

@@ -2,7 +2,8 @@
 
 With a shared encoder every level's module holds the same encoder object, so each is a complete
 policy by itself while all learn one encoder. A level's state lists it too; loading all levels'
-states writes the same values into it L times.
+states writes the same values into it L times. A single controller's modules share their head too:
+they are one policy under L names.
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ settings that are read under RLlib's names: `lambda_`, `clip_param`, `vf_loss_co
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from rlhf_ray.algorithms.advantages import (
     trajectory,
 )
 from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
+from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.modules import levels_spec
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError
@@ -190,6 +191,15 @@ class HandoverPPO(HandoverAlgorithm):
         )
         self._trial_counts["updates"] += n_updates
         return {**learned, "learning_rate": rate, "entropy_coeff": entropy_coeff}
+
+    def remember(
+        self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()
+    ) -> None:
+        """Raises InputError: what others played says nothing of what this policy would do."""
+        raise InputError(
+            f"what learns from other trials' episodes must be off-policy, got ppo and "
+            f"{len(episodes)} episodes. Take dqn or q-learning."
+        )
 
     def level_weights(self) -> dict[str, torch.Tensor]:
         """The learner's actor as the state dict of `LevelQNetworks`."""

@@ -24,7 +24,7 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings
 from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
-from rlhf_ray.algorithms.handover import Backup, following, turns
+from rlhf_ray.algorithms.handover import Backup, Transitions, Turn, following, turns
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.q_table import QTable, as_weights
 
@@ -55,20 +55,15 @@ class TableStep(NamedTuple):
 
 
 def table_steps(
-    episode: MultiAgentEpisode,
-    levels: Sequence[str],
-    tables: Sequence[QTable],
-    backup: Backup = "handover",
+    played: Sequence[Turn], tables: Sequence[QTable], backup: Backup = "handover"
 ) -> list[TableStep]:
     """A complete episode in terms of the tables, which get rows for the states in it.
 
     Args:
-        episode: see `rlhf_ray.algorithms.handover.turns`.
-        levels: the level names (agents), in order.
+        played: its turns.
         tables: one per level.
         backup: see `rlhf_ray.algorithms.handover.following`.
     """
-    played = turns(episode, levels)
     rows = [tables[turn.level].row(turn.observation["features"]) for turn in played]
     actions = [tuple(np.flatnonzero(turn.observation["action_mask"]).tolist()) for turn in played]
     places = following([turn.level for turn in played], backup)
@@ -170,14 +165,12 @@ class HandoverQLearning(HandoverAlgorithm):
 
     def _learn(self, episodes: list[MultiAgentEpisode]) -> dict[str, float]:
         settings, tables = self._settings, self._learner.tables(self.config.levels)
-        backup = "own" if settings.stock else "handover"
         errors: list[float] = []
         for episode in episodes:
-            new = table_steps(episode, self.config.levels, tables, backup)
-            self._steps += new
+            new = self._stored(turns(episode, self.config.levels))
             errors += self._update(tables, reversed(new))
         per_step = settings.updates_per_step * settings.batch_size
-        n_replayed = round(per_step * sum(len(episode) for episode in episodes))
+        n_replayed = round(per_step * sum(map(len, episodes)))
         drawn = self._draws.integers(len(self._steps), size=n_replayed).tolist()
         errors += self._update(tables, (self._steps[place] for place in drawn))
         self._trial_counts["updates"] += len(errors)
@@ -186,6 +179,19 @@ class HandoverQLearning(HandoverAlgorithm):
             "states": sum(len(table) for table in tables),
             "alpha": settings.alpha,
         }
+
+    def remember(
+        self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()
+    ) -> None:
+        """Stores their steps."""
+        for played in episodes:
+            self._stored(played)
+
+    def _stored(self, played: Sequence[Turn]) -> list[TableStep]:
+        backup = "own" if self._settings.stock else "handover"
+        new = table_steps(played, self._learner.tables(self.config.levels), backup)
+        self._steps += new
+        return new
 
     def _update(self, tables: Sequence[QTable], steps: Iterable[TableStep]) -> list[float]:
         alpha, gamma = self._settings.alpha, self._settings.gamma

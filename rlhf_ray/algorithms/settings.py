@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.algorithms.exploration import ExploreBy
 from rlhf_ray.errors import InputError
-from rlhf_ray.policies.networks import EncoderKind
+from rlhf_ray.policies.networks import Controller, EncoderKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class AlgorithmSettings:
         warm_up: part of the trial before epsilon begins to fall, in [0, `decay_fraction`].
         explore_by: "step": each step explores or does not; "episode": an episode is random
             altogether or greedy altogether. Trials then have all that they explore in common.
+        persistence: probability that a random action repeats the operation before it, in [0, 1).
         episodes_per_iteration: episodes per call of `train()`, >= 1; the weights stay as they are
             while they are played. None: the algorithm's own (`completed`).
         learning_rate: Adam's at the start, > 0; it falls linearly to a tenth over the trial. None:
@@ -33,6 +34,8 @@ class AlgorithmSettings:
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].
         hidden: units of the encoder's hidden layers.
         encoder: "shared" by all levels' heads, or "separate".
+        controller: "levels": a policy per level; "single": one for all, for comparison. Then what
+            follows a turn is a turn of the same policy, so the backup is the usual one.
         dueling: see `rlhf_ray.policies.networks.NetworkSettings`.
         n_members: networks in the ensemble, >= 1.
         pessimism: see `rlhf_ray.policies.networks.NetworkSettings`.
@@ -52,6 +55,7 @@ class AlgorithmSettings:
     decay_fraction: float = 0.5
     warm_up: float = 0.0
     explore_by: ExploreBy = "step"
+    persistence: float = 0.0
     episodes_per_iteration: int | None = None
     learning_rate: float | None = None
     batch_size: int = 64
@@ -59,6 +63,7 @@ class AlgorithmSettings:
     tau: float = 0.02
     hidden: tuple[int, ...] = (64, 64)
     encoder: EncoderKind = "shared"
+    controller: Controller = "levels"
     dueling: bool = True
     n_members: int = 1
     pessimism: float = 0.0
@@ -72,6 +77,7 @@ class AlgorithmSettings:
     def __post_init__(self) -> None:
         for name in ("gamma", "epsilon", "decay_fraction"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
+        _check("persistence", self.persistence, 0.0 <= self.persistence < 1.0, "in [0, 1)")
         held = 0.0 <= self.warm_up <= self.decay_fraction
         _check("warm_up", self.warm_up, held, f"in [0, decay_fraction={self.decay_fraction}]")
         for name in ("n_episodes", "episodes_per_iteration", "batch_size", "num_envs_per_runner"):
@@ -82,6 +88,8 @@ class AlgorithmSettings:
             _check(name, value, value is None or value > 0, "> 0")
         for name in ("tau", "alpha"):
             _check(name, getattr(self, name), 0.0 < getattr(self, name) <= 1.0, "in (0, 1]")
+        held = not (self.stock and self.controller == "single")
+        _check("stock", self.stock, held, "False for a single controller, which has no other turns")
         _check("num_env_runners", self.num_env_runners, self.num_env_runners >= 0, ">= 0")
         # a plain dict: RLlib copies and pickles its configuration
         object.__setattr__(self, "overrides", dict(self.overrides))

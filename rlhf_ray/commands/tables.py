@@ -34,7 +34,9 @@ SHORT = {
 
 def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Table:
     """The trials, best utility first; `best` is marked with *, the front with f."""
+    shares = "episodes_of_others" in table
     headers = ("", "trial", *SHORT.values(), metric, "cost", "switch", "utility")
+    headers += ("others",) if shares else ()
     shown = _table("Trials, judged on the val tasks", headers, left=2)
     ordered = table.sort_values("utility", ascending=False, na_position="last")
     for row in ordered.head(MAX_ROWS).to_dict("records"):
@@ -47,9 +49,11 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Tab
             shortened(str(row["trial"]), 12),
             *(f"{row[name]:.3g}" for name in SHORT),
             *(figures if done else [shortened(str(row["status"]), 8), "", "", ""]),
+            *([str(row["episodes_of_others"]) if done else ""] if shares else []),
             style="bold" if is_best else "" if done else "dim",
         )
-    shown.caption = "* best utility, f on the front" + _left_out(len(table))
+    others = "; others: episodes of theirs learned from" if shares else ""
+    shown.caption = "* best utility, f on the front" + others + _left_out(len(table))
     return shown
 
 

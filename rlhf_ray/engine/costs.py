@@ -7,6 +7,7 @@ by the same rule. What is charged in which unit stands in `env`; seconds are mea
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,23 @@ from rlhf_ray.tasks import Task, map_inputs, n_examples
 
 _BATCH = 2
 """Examples per measurement; batch statistics need more than one."""
+
+
+class PerExample(Protocol):
+    """FLOPs per example, whoever counted them; `FlopModel` says what they are."""
+
+    @property
+    def usable(self) -> tuple[bool, ...]:
+        """Per boundary 0 ... L - 1: whether it can be cached."""
+        ...
+
+    def forward(self, start: int, stop: int) -> float:
+        """Of an eval-mode run."""
+        ...
+
+    def train_step(self, levels: tuple[int, ...]) -> float:
+        """Of a training step."""
+        ...
 
 
 class FlopModel:
@@ -36,6 +54,7 @@ class FlopModel:
 
     def __init__(self, plan: SegmentPlan, model: nn.Module, split: LevelSplit, task: Task) -> None:
         self.plan = plan
+        self.usable = plan.usable
         self._model = model
         self._split = split
         self._loss = task.loss
@@ -225,7 +244,7 @@ def start_flops(flops: FlopModel, n_val: int, *, n_probe: int = 0) -> StageFlops
 
 
 def stage_flops(
-    flops: FlopModel,
+    flops: PerExample,
     history: Sequence[tuple[int, ...]],
     *,
     n_train: int,
@@ -245,12 +264,12 @@ def stage_flops(
         The stage's FLOPs.
     """
     drawn = [n_drawn] * len(history) if isinstance(n_drawn, int) else list(n_drawn)
-    ledger, work = CacheLedger.started(flops.plan.usable), None
+    ledger, work = CacheLedger.started(flops.usable), None
     for levels, n in zip(history, drawn, strict=True):
         ledger, work = ledger.fold(levels, n_train=n_train, n_drawn=n)
     assert work is not None, "history must hold the stage to account"
     return StageFlops(
         fill=work.n_filled * flops.forward(work.fill_from, work.fill_to),
         train=drawn[-1] * flops.train_step(tuple(history[-1])),
-        evaluate=n_val * flops.forward(work.evaluate_from, flops.plan.n_levels),
+        evaluate=n_val * flops.forward(work.evaluate_from, len(flops.usable)),
     )

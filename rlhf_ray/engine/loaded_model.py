@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_ray.digests import derive_seed
 from rlhf_ray.engine.activations import ActivationCache
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
+from rlhf_ray.engine.splits import SplitData, Splits
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.outcomes import PRETRAINED, LevelState
@@ -40,7 +40,8 @@ class EngineSettings:
         device: "cpu", "cuda", or "auto": CUDA where there is a device.
         precision: "fp32", or "bf16": autocast, on CUDA only.
         val_size: val examples that decisions use, >= 1.
-        cache_bytes: bound on cached activations, per worker, in bytes; 0 switches caching off.
+        cache_bytes: bound on cached activations, and as much on the tasks' data on the device, per
+            worker, in bytes; 0 switches caching off. The data of the task at work always stay.
         probe_size: train examples of the gradient probe at the start, >= 1.
         reference_steps: steps of the full stage, the unit of cost, >= 1.
         reference_batch_size: its batch size, >= 1.
@@ -90,20 +91,6 @@ def channels_last(value: Tensor) -> Tensor:
     return strided.copy_(value) if n else value
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SplitData:
-    """One split of one task on the device: boundary-0 values and targets."""
-
-    name: str
-    values: Values
-    targets: Tensor
-
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        return self.targets.shape[0]
-
-
 class LoadedModel:
     """The live model of one engine. Not thread-safe.
 
@@ -124,8 +111,12 @@ class LoadedModel:
         self.pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
         self._activations = ActivationCache(settings.cache_bytes)
-        self._splits: dict[tuple[str, str], SplitData] = {}
         self.plan: SegmentPlan = plan_segments(self.model, self.split, self.place(example))
+        self._splits = Splits(
+            lambda inputs: self.plan.start(self.place(inputs)),
+            val_size=settings.val_size,
+            max_bytes=settings.cache_bytes,
+        )
         self._example_bytes = self._measure(self.place(example))
 
     def _takes_channels_last(self, example: Inputs) -> bool:
@@ -184,18 +175,7 @@ class LoadedModel:
 
     def data(self, task: Task, split: str) -> SplitData:
         """One split of a task on the device; of val the examples that decisions use."""
-        found = self._splits.get((task.digest, split))
-        if found is None:
-            x, y = task.split(split)
-            if split == "val" and y.shape[0] > self.settings.val_size:
-                generator = torch.Generator().manual_seed(derive_seed("val", task.digest))
-                chosen = torch.randperm(y.shape[0], generator=generator)[: self.settings.val_size]
-                x, y = map_inputs(lambda value: value[chosen], x), y[chosen]
-            y = y.to(self.device)
-            y = y.long() if y.dtype == torch.uint8 else y
-            found = SplitData(name=split, values=self.plan.start(self.place(x)), targets=y)
-            self._splits[task.digest, split] = found
-        return found
+        return self._splits.get(task, split)
 
     def chunks(self, values: Values, n: int, boundary: int) -> Iterator[Values]:
         """A split's values whole, or beyond `CHUNK` examples in pieces."""

@@ -5,8 +5,10 @@ are carried out, where their weights are kept and who waits for them is `stage_t
 """
 
 import functools
+import itertools
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,11 @@ from rlhf_ray.digests import derive_seed
 from rlhf_ray.engine.costs import FlopModel, StageFlops, stage_flops, start_flops
 from rlhf_ray.engine.descriptors import Moments, activation_shift, gradient_norms, level_moments
 from rlhf_ray.engine.loaded_model import EngineSettings, Load, LoadedModel
+from rlhf_ray.engine.prices import StagePrices, flop_table
 from rlhf_ray.engine.segments import SegmentPlan
 from rlhf_ray.engine.stage_session import Session
 from rlhf_ray.levels import model_digest, split_levels
+from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import (
     PRETRAINED,
     Identity,
@@ -178,6 +182,18 @@ class Engine:
         flops = self._flop_model(self._suite.train_tasks[0])
         return flops.full_stage(self.settings.reference_steps, self.settings.reference_batch_size)
 
+    def prices(self, operations: Sequence[Operation]) -> StagePrices:
+        """What stages will cost: those of some operations, and any of neighbouring levels."""
+        n = self.n_levels
+        level_sets = {tuple(range(*ends)) for ends in itertools.combinations(range(n + 1), 2)}
+        level_sets |= {o.levels(level, n) for o in operations for level in range(n)} - {()}
+        models = {task.name: self._flop_model(task) for task in self._suite.tasks()}
+        tables = {model: flop_table(model, level_sets) for model in set(models.values())}
+        return StagePrices(
+            tables={task: tables[model] for task, model in models.items()},
+            sizes={task.name: self._sizes(task) for task in self._suite.tasks()},
+        )
+
     # -- accounts and probes -------------------------------------------------------------------
 
     def _flop_model(self, task: Task) -> FlopModel:
@@ -189,10 +205,13 @@ class Engine:
             )
         return self._flop_models[shape]
 
+    def _sizes(self, task: Task) -> tuple[int, int]:
+        """Train examples, and val examples that decisions use."""
+        return n_examples(task.train[0]), min(n_examples(task.val[0]), self.settings.val_size)
+
     def _ledger(self, request: StageRequest) -> StageFlops:
         task = self._suite.task(request.task)
-        n_train = n_examples(task.train[0])
-        n_val = min(n_examples(task.val[0]), self.settings.val_size)
+        n_train, n_val = self._sizes(task)
         flops = self._flop_model(task)
         if not request.path:
             return start_flops(flops, n_val, n_probe=min(self.settings.probe_size, n_train))

@@ -1,73 +1,46 @@
 """What a learned policy is held against: schedules in the same engine, under the same account.
 
 One small function per baseline; it chooses its learning rate and length on the val tasks and gives
-back how it fine-tunes a task. The test tasks are met once, when all have chosen.
+back how it fine-tunes a task. Running them is left to `running`.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.digests import derive_seed
-from rlhf_ray.errors import InputError, unknown_name
-from rlhf_ray.evaluation.choosing import (
-    ACCURACY,
-    REPLICA,
-    Bench,
-    Candidate,
-    Choice,
-    CountedStages,
-    choose,
-    plan_halving,
-    race,
-    settle,
-)
-from rlhf_ray.evaluation.judging import Player, Run, Utility, compare, summary_of
+from rlhf_ray.errors import unknown_name
+from rlhf_ray.evaluation.bench import Baseline, Bench, Candidate, Chosen, CountedStages
+from rlhf_ray.evaluation.choosing import ACCURACY, Choice, choose, plan_halving, race, settle
+from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.optimum import best_fine_tuning
-from rlhf_ray.evaluation.rollouts import THREADS, Episode, Stages, play
+from rlhf_ray.evaluation.rollouts import Episode, play
+from rlhf_ray.evaluation.task_search import asha, check_installed, tpe
 from rlhf_ray.operations import Train
 from rlhf_ray.outcomes import StagePath, StageStep
-from rlhf_ray.process import ProcessSpec, State, start_request
+from rlhf_ray.process import State, start_request
 
 ALWAYS = ("fixed", "full", "full_best", "head", "random")
 """The baselines that every report holds."""
 
+SEARCHING = ("asha", "tpe")
+"""Those that search on the test tasks themselves; they need the extra `search`."""
+
+ON_REQUEST = (*SEARCHING, "optimum")
+"""Not among "all": they carry out many stages on every test task."""
+
 PATIENCE = 2
 """Stages without a better val metric after which early stopping stops."""
-
 
 PULLS = (1e-3, 1e-2, 1e-1)
 """Strengths of L2-SP that are tried."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """A baseline that has made its choices.
-
-    Attributes:
-        player: how it fine-tunes a task.
-        settings: what it chose, JSON-able.
-    """
-
-    player: Player
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-Baseline = Callable[[Bench], Chosen]
-
-
 # -- schedules -------------------------------------------------------------------------------------
-
-
-def _train(bench: Bench, learning_rate: float, levels: Iterable[int]) -> StageStep:
-    operation = replace(
-        bench.train, name=f"train at {learning_rate:g}", learning_rate=learning_rate
-    )
-    return StageStep(operation=operation, levels=tuple(levels))
 
 
 def _always(path: Sequence[StageStep]) -> Callable[[str, int], StagePath]:
@@ -84,16 +57,11 @@ def _repeated(
                 "levels": [bench.spec.levels[level] for level in levels],
                 "learning_rate": rate,
             },
-            path=_always([_train(bench, rate, levels)] * bench.horizon),
+            path=_always([bench.stage(rate, levels)] * bench.horizon),
             patience=patience,
         )
-        for rate in _rates(bench, levels)
+        for rate in bench.rates(levels)
     ]
-
-
-def _rates(bench: Bench, levels: Sequence[int]) -> tuple[float, ...]:
-    """The grid; its highest rate only for single levels (on several it was worst throughout)."""
-    return bench.learning_rates if len(levels) == 1 else bench.learning_rates[:-1]
 
 
 def _growing(bench: Bench, sets: Sequence[Sequence[int]]) -> list[Candidate]:
@@ -102,9 +70,9 @@ def _growing(bench: Bench, sets: Sequence[Sequence[int]]) -> list[Candidate]:
     return [
         Candidate(
             settings={"learning_rate": rate},
-            path=_always([_train(bench, rate, levels) for levels in sets]),
+            path=_always([bench.stage(rate, levels) for levels in sets]),
         )
-        for rate in _rates(bench, sets[-1])
+        for rate in bench.rates(sets[-1])
     ]
 
 
@@ -197,12 +165,12 @@ def lp_ft(bench: Bench) -> Chosen:
         Candidate(
             settings={"head_rate": first, "learning_rate": rate, "head_stages": k},
             path=_always(
-                [_train(bench, first, [n - 1])] * k
-                + [_train(bench, rate, range(n))] * (bench.horizon - k)
+                [bench.stage(first, [n - 1])] * k
+                + [bench.stage(rate, range(n))] * (bench.horizon - k)
             ),
         )
         for first in bench.learning_rates[-2:]
-        for rate in _rates(bench, range(n))
+        for rate in bench.rates(range(n))
         for k in (1, 2)
         if rate <= first and k < max(bench.horizon, 2)
     ]
@@ -236,7 +204,7 @@ def auto_rgn(bench: Bench) -> Chosen:
             top = max(norms) or 1.0
             # three decimals: what differs by rounding only must stay one stage
             scales = tuple(round(norm / top, 3) for norm in norms)
-            step = _train(bench, rate, levels)
+            step = bench.stage(rate, levels)
             assert isinstance(step.operation, Train)
             operation = replace(step.operation, level_scales=scales)
             return (StageStep(operation=operation, levels=step.levels),) * bench.horizon
@@ -247,7 +215,7 @@ def auto_rgn(bench: Bench) -> Chosen:
         bench,
         [
             Candidate(settings={"learning_rate": rate}, path=scaled(rate), probed=True)
-            for rate in _rates(bench, levels)
+            for rate in bench.rates(levels)
         ],
     )
 
@@ -256,8 +224,8 @@ def l2_sp(bench: Bench) -> Chosen:
     """All levels, pulled towards the pretrained weights (Li et al. 2018)."""
     levels = range(bench.spec.n_levels)
     candidates = []
-    for pull, rate in itertools.product(PULLS, _rates(bench, levels)):
-        step = _train(bench, rate, levels)
+    for pull, rate in itertools.product(PULLS, bench.rates(levels)):
+        step = bench.stage(rate, levels)
         assert isinstance(step.operation, Train)
         operation = replace(step.operation, l2_sp=pull)
         candidates.append(
@@ -291,6 +259,8 @@ BASELINES: dict[str, Baseline] = {
     "gradual_first_last": gradual_first_last,
     "auto_rgn": auto_rgn,
     "l2_sp": l2_sp,
+    "asha": asha,
+    "tpe": tpe,
     "optimum": optimum,
 }
 """Name -> baseline; besides, there is `level:<name>` for every level."""
@@ -300,11 +270,11 @@ def baselines_for(names: Iterable[str], levels: Sequence[str]) -> dict[str, Base
     """The baselines always shown and those asked for, in the order of reports.
 
     Args:
-        names: of baselines; "all": all but `optimum`, which carries out whole trees.
+        names: of baselines; "all": all but `ON_REQUEST`.
         levels: the suite's level names.
 
     Raises:
-        InputError: no such baseline; names the nearest.
+        InputError: no such baseline, with the nearest; or the package that it needs is missing.
     """
     known = dict(BASELINES)
     for i, level in enumerate(levels):
@@ -313,122 +283,7 @@ def baselines_for(names: Iterable[str], levels: Sequence[str]) -> dict[str, Base
     for name in names:
         if name != "all" and name not in known:
             raise unknown_name("baseline", name, ("all", *known))
-        wanted |= set(known) - {"optimum"} if name == "all" else {name}
+        if name in SEARCHING:
+            check_installed(name)
+        wanted |= set(known) - set(ON_REQUEST) if name == "all" else {name}
     return {name: baseline for name, baseline in known.items() if name in wanted}
-
-
-# -- running them ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineResults:
-    """What the baselines did.
-
-    Attributes:
-        runs: method -> its runs on the test tasks, ordered by task, then replica seed.
-        settings: method -> what it chose, `stages`: distinct stages it asked for to choose, and of
-            those that choose, `val`: its figures on the val tasks (see `summary_of`), on seed 0.
-    """
-
-    runs: Mapping[str, list[Run]]
-    settings: Mapping[str, Mapping[str, Any]]
-
-
-def run_baselines(
-    spec: ProcessSpec,
-    stages: Stages,
-    *,
-    train_tasks: Sequence[str],
-    val_tasks: Sequence[str],
-    test_tasks: Sequence[str],
-    names: Iterable[str] = (),
-    replicas: Iterable[int] = (0,),
-    utility: Utility | None = None,
-    seed: int = 0,
-    max_stages: int | None = None,
-    threads: int = THREADS,
-    progress: Callable[[str], None] | None = None,
-) -> BaselineResults:
-    """Lets every baseline choose on train and val tasks, then plays all on the test tasks.
-
-    Args:
-        spec: the decision process of the search; horizon, budget and cost hold for all.
-        stages: carries stages out; those in the tree cost nothing new.
-        train_tasks: names; `fixed` is tuned on them.
-        val_tasks: names; decisions on their val split, figures on their test split.
-        test_tasks: names; asked for only when everything is chosen.
-        names: baselines besides those always shown; "all".
-        replicas: replica seeds of the test tasks; choices are made on seed 0.
-        utility: what is chosen by.
-        seed: of the random baseline and the order of train tasks.
-        max_stages: distinct stages that `fixed` may use on the train tasks; None: no bound.
-        threads: fine-tunings in flight at once; 1 for a provider that is not thread-safe.
-        progress: called with short lines.
-
-    Raises:
-        InputError: no such baseline, or no train or val task to choose on.
-    """
-    baselines = baselines_for(names, spec.levels)
-    if not (train_tasks and val_tasks):
-        raise InputError("baselines must have train and val tasks to choose on, got "
-                         f"{len(train_tasks)} and {len(val_tasks)}.")  # fmt: skip
-    tell = progress or (lambda line: None)
-    template, rates = _training_of(spec)
-    bench = Bench(
-        spec=replace(spec, probed=False),
-        stages=stages,
-        train_tasks=tuple(train_tasks),
-        val_tasks=tuple(val_tasks),
-        utility=utility or Utility(),
-        seed=seed,
-        max_stages=max_stages,
-        train=template,
-        learning_rates=rates,
-        threads=threads,
-    )
-    chosen: dict[str, Chosen] = {}
-    settings: dict[str, Mapping[str, Any]] = {}
-    for name, baseline in baselines.items():
-        tell(f"baseline {name}: choosing its settings")
-        counted = CountedStages(stages)
-        chosen[name] = baseline(replace(bench, stages=counted))
-        settings[name] = {**chosen[name].settings, "stages": counted.distinct}
-        if "val_utility" in settings[name]:  # all of it was carried out to choose: nothing new
-            settings[name] = {**settings[name], "val": _on_val(bench, name, chosen[name].player)}
-    tell(f"{len(chosen)} baselines on {len(test_tasks)} test tasks")
-    runs = compare(
-        {name: choice.player for name, choice in chosen.items()},
-        bench.spec,
-        stages,
-        tasks=test_tasks,
-        replicas=replicas,
-        utility=bench.utility,
-        threads=threads,
-    )
-    return BaselineResults(runs=runs, settings=settings)
-
-
-def _on_val(bench: Bench, name: str, player: Player) -> dict[str, float]:
-    """The figures of a chosen baseline on the val tasks, at the seed that choices are made on."""
-    runs = compare(
-        {name: player},
-        bench.spec,
-        bench.stages,
-        tasks=bench.val_tasks,
-        replicas=(REPLICA,),
-        utility=bench.utility,
-        threads=bench.threads,
-    )
-    return summary_of(runs[name])
-
-
-def _training_of(spec: ProcessSpec) -> tuple[Train, tuple[float, ...]]:
-    """How the search trains, and its learning rates with one higher."""
-    found = [operation for operation in spec.operations if isinstance(operation, Train)]
-    if not found:
-        names = [operation.name for operation in spec.operations]
-        raise InputError(f"baselines need an operation that trains, got operations={names}. "
-                         "Add an rlhf_ray.Train.")  # fmt: skip
-    rates = sorted({operation.learning_rate for operation in found})
-    higher = float(f"{rates[-1] * 10 / 3:.3g}")
-    return found[0], (*rates, higher)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rlhf_ray.config import SearchConfig, with_defaults
 from rlhf_ray.engine.stages import Engine
-from rlhf_ray.evaluation.baselines import BaselineResults
-from rlhf_ray.evaluation.baselines import run_baselines as run_on
 from rlhf_ray.evaluation.judging import Utility
+from rlhf_ray.evaluation.running import BaselineResults
+from rlhf_ray.evaluation.running import run_baselines as run_on
 from rlhf_ray.policies.finetuning import process_spec
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tasks import Metric, Suite
@@ -31,7 +31,8 @@ def run_baselines(
         suite: settings are chosen on its train and val tasks.
         tasks: names of the tasks to report on; None: the suite's test tasks.
         names: baselines besides those always shown, or "all".
-        config: horizon, operations, utility, replica seeds, storage path; as for `search`.
+        config: horizon, operations, utility, replica seeds, storage path, stages of searching
+            baselines; as for `search`.
         max_stages: distinct stages that `fixed` may use on the train tasks; None: no bound.
         progress: called with short lines.
 
@@ -66,6 +67,7 @@ def run_baselines(
         utility=Utility(tuning_cost=config.utility_cost, switch_cost=config.utility_switch),
         seed=config.seed,
         max_stages=max_stages,
+        search_stages=config.search_stages,
         threads=1,  # one engine, one thread
         progress=progress,
     )

@@ -51,9 +51,10 @@ class Run:
         start_metric: val metric of the pretrained model.
         val_metric: val metric of the returned model.
         test_metric: its test metric; None: not reported.
-        cost: tuning cost of the whole path, full stages (seconds with `cost="seconds"`).
-        time_s: measured seconds of its stages.
-        switches: sum of |level - next level|.
+        cost: tuning cost of the whole path, full stages (seconds with `cost="seconds"`); where the
+            method searches on the task, of all stages that it carried out there.
+        time_s: measured seconds of these stages.
+        switches: sum of |level - next level| on the way.
         stages: number of stages carried out.
         best_length: number of stages after which the returned model was reached.
         diverged: number of stages that diverged.
@@ -103,14 +104,14 @@ def report(stages: Stages, state: State) -> float:
 def run_of(
     spec: ProcessSpec,
     method: str,
-    state: State,
-    steps: Sequence[Step],
+    episode: Episode,
     *,
     utility: Utility | None = None,
     test_metric: float | None = None,
 ) -> Run:
     """The record of a finished fine-tuning; `test_metric` is what `report` gave."""
-    utility = utility or Utility()
+    state, steps, utility = episode.state, episode.steps, utility or Utility()
+    on_the_way_s = state.start.time_s + sum(step.time_s for step in steps)
 
     def judged(metric: float) -> float:
         return utility.of(spec.score(metric), state.cost, state.switches)
@@ -123,9 +124,9 @@ def run_of(
         val_metric=state.best,
         test_metric=test_metric,
         cost=state.cost,
-        time_s=state.start.time_s + sum(step.time_s for step in steps),
+        time_s=on_the_way_s if episode.tried_s is None else episode.tried_s,
         switches=state.switches,
-        stages=len(state.path),
+        stages=len(state.path) if episode.tried_stages is None else episode.tried_stages,
         best_length=len(state.best_path),
         diverged=sum(step.diverged for step in steps),
         utility=None if test_metric is None else judged(test_metric),
@@ -214,7 +215,7 @@ def compare(
         method, task, replica = item
         episode = players[method](task, replica)
         test = report(stages, episode.state)
-        return run_of(spec, method, episode.state, episode.steps, utility=utility, test_metric=test)
+        return run_of(spec, method, episode, utility=utility, test_metric=test)
 
     runs = concurrently(finish, asked, threads=threads, progress=progress)
     return {method: [run for run in runs if run.method == method] for method in players}

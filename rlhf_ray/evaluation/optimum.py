@@ -7,7 +7,7 @@ from rlhf_ray.evaluation.exhaustive import distinct_steps
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.rollouts import THREADS, Episode, Stages, concurrently, walk
 from rlhf_ray.outcomes import StageRequest, StageStep
-from rlhf_ray.process import ProcessSpec, State, start_request, start_state, with_stage
+from rlhf_ray.process import ProcessSpec, State, affordable, start_request, start_state, with_stage
 
 MAX_DEPTH = 3
 """Stages: a tree has (effects)^depth nodes, 7^3 for two levels and the default operations."""
@@ -74,7 +74,6 @@ def best_fine_tuning(
     root = _Node(state=start_state(spec, start, task, replica, level=0), ways={0: (0, ())})
     steps = distinct_steps(spec.operations, spec.n_levels)
     moves = [(step, acting_levels(spec, step)) for step in steps]
-    budget = spec.settings.budget
 
     def expand(item: tuple[_Node, tuple[StageStep, list[int]]]) -> _Node:
         node, (step, acting) = item
@@ -91,8 +90,12 @@ def best_fine_tuning(
 
     nodes, layer = [root], [root]
     for _ in range(min(depth, spec.settings.horizon)):
-        going_on = [node for node in layer if budget is None or node.state.cost < budget]
-        items = [(node, move) for node in going_on for move in moves]
+        items = [
+            (node, move)
+            for node in layer
+            for move in moves
+            if affordable(spec, node.state, move[0])
+        ]
         layer = concurrently(expand, items, threads=threads)
         nodes += layer
     best = max(nodes, key=value)

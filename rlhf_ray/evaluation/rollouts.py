@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.errors import InputError
-from rlhf_ray.outcomes import StagePath, StageRequest
+from rlhf_ray.outcomes import Outcome, StagePath, StageRequest
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.process import (
     ProcessSpec,
@@ -22,6 +22,7 @@ from rlhf_ray.process import (
     Step,
     action_mask,
     advance,
+    affordable,
     stage_request,
     start_request,
     start_state,
@@ -52,10 +53,60 @@ class Stages(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """A fine-tuning so far: where it stands, and a record per step."""
+    """A fine-tuning so far.
+
+    Attributes:
+        state: where it stands; where a search found it, the state's cost is of all that was tried.
+        steps: a record per step of the way there.
+        tried_stages: stages that a search carried out; None: those on the way.
+        tried_s: measured seconds of all that a search carried out; None: of the way.
+    """
 
     state: State
     steps: tuple[Step, ...] = ()
+    tried_stages: int | None = None
+    tried_s: float | None = None
+
+
+class Tried:
+    """The account of a search on one task: what it carries out, every distinct stage once.
+
+    Args:
+        spec: says what a stage costs.
+        stages: carries them out.
+    """
+
+    def __init__(self, spec: ProcessSpec, stages: Stages) -> None:
+        self._spec, self._stages = spec, stages
+        self._known: dict[StagePath, Outcome] = {}
+
+    def __contains__(self, path: StagePath) -> bool:
+        return path in self._known
+
+    @property
+    def n_stages(self) -> int:
+        """Stages so far; the evaluation of the start is none."""
+        return sum(bool(path) for path in self._known)
+
+    @property
+    def cost(self) -> float:
+        """Of all of them and of the start, full stages (or seconds)."""
+        return sum(self._spec.cost(outcome) for outcome in self._known.values())
+
+    def outcome(self, request: StageRequest) -> Answer:
+        """Answers one request."""
+        answer = self._stages.outcome(request)
+        self._known.setdefault(request.path, answer.outcome)
+        return answer
+
+    def charged(self, episode: Episode) -> Episode:
+        """A fine-tuning that the search returns: all that was tried is its price."""
+        return replace(
+            episode,
+            state=replace(episode.state, cost=self.cost),
+            tried_stages=self.n_stages,
+            tried_s=sum(outcome.time_s for outcome in self._known.values()),
+        )
 
 
 def play(
@@ -129,7 +180,8 @@ def walk(
     """Carries out a fixed sequence of stages under the account of the process.
 
     The position starts at level 0; each stage acts at its lowest level, and getting there from the
-    position before is a switch of that distance. A spent budget ends the walk as it ends episodes.
+    position before is a switch of that distance. The walk ends where the budget has no room for the
+    next stage.
 
     Args:
         spec: the process; only its account is used, not its operations.
@@ -145,10 +197,9 @@ def walk(
     """
     start = stages.outcome(start_request(task, replica)).outcome
     found = [Episode(state=start_state(spec, start, task, replica, level=0))]
-    budget = spec.settings.budget
     for i, step in enumerate(path):
         state = found[-1].state
-        if stop(state) or (budget is not None and state.cost >= budget):
+        if stop(state) or not affordable(spec, state, step):
             break
         request = StageRequest(task=task, replica=replica, path=(*state.path, step))
         outcome = stages.outcome(request).outcome

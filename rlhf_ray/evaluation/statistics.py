@@ -1,9 +1,11 @@
 """Methods beside each other: means, spreads and ranks over runs. No Ray, plain arithmetic."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Run, known, mean
@@ -88,6 +90,67 @@ def ranks(runs: RunsByMethod) -> dict[str, dict[tuple[str, int], float]]:
     return {
         method: {place: rank(method, place) for place in mine} for method, mine in utilities.items()
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """How much one method is above another on the same tasks and seeds.
+
+    Attributes:
+        mean: over tasks of the mean over seeds.
+        low: of the 95% interval; minus infinity with one task.
+        high: of the interval; infinity with one task.
+        n_tasks: tasks it is over.
+        worst: the lowest difference on a single task, a mean over seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n_tasks: int
+    worst: float
+
+
+def paired_difference(
+    mine: Sequence[Run],
+    others: Sequence[Run],
+    figure: Callable[[Run], float | None] = lambda run: run.utility,
+) -> PairedDifference:
+    """Student's interval of a figure's differences, clustered by task.
+
+    Runs of one task share its data, so that seeds are no independent draws of the difference: they
+    are averaged first, and tasks count.
+
+    Args:
+        mine: runs of one method.
+        others: of the other, on the same tasks and replica seeds.
+        figure: of a run; its utility on test by default.
+
+    Raises:
+        InputError: the tasks and seeds differ, or there are none.
+    """
+    theirs = {(run.task, run.replica): known(figure(run)) for run in others}
+    ours = {(run.task, run.replica): known(figure(run)) for run in mine}
+    if set(ours) != set(theirs) or not ours:
+        raise InputError(
+            "runs must be of the same tasks and seeds, one at least, got "
+            f"{len(ours)} and {len(theirs)}."
+        )
+    by_task: dict[str, list[float]] = {}
+    for place, value in ours.items():
+        by_task.setdefault(place[0], []).append(value - theirs[place])
+    differences = np.array([mean(values) for values in by_task.values()])
+    n, middle = len(differences), float(differences.mean())
+    half = float("inf")
+    if n > 1:
+        half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    return PairedDifference(
+        mean=middle,
+        low=middle - half,
+        high=middle + half,
+        n_tasks=n,
+        worst=float(differences.min()),
+    )
 
 
 def _spread(runs: Sequence[Run]) -> float:

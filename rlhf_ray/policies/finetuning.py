@@ -5,22 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rlhf_ray.config import WITHOUT_EPSILON
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Run, known, report, run_of
-from rlhf_ray.evaluation.rollouts import roll_out
+from rlhf_ray.evaluation.rollouts import Episode, roll_out
 from rlhf_ray.operations import Operation, operation_as_json, operations_from_json
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
-from rlhf_ray.policies.searching import Found, best_first
-from rlhf_ray.process import ProcessSettings, ProcessSpec, RewardWeights, State, Step
+from rlhf_ray.policies.searching import guided
+from rlhf_ray.process import ProcessSettings, ProcessSpec, State, Step
 from rlhf_ray.tasks import Metric, Suite, Task
 from rlhf_ray.tree.stage_tree import LocalStages
 
@@ -68,6 +65,7 @@ def process_spec(
     settings: ProcessSettings,
 ) -> ProcessSpec:
     """The decision process of a suite's engine."""
+    priced = settings.budget is not None and settings.cost == "flops"
     return ProcessSpec(
         levels=tuple(levels),
         operations=tuple(operations),
@@ -75,6 +73,7 @@ def process_spec(
         higher_is_better=metric.higher_is_better,
         probed=observer.probed,
         settings=settings,
+        price=engine.prices(operations) if priced else None,
     )
 
 
@@ -115,8 +114,6 @@ def finetune(
     for name, value in {"replica": replica, "search_stages": search_stages}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"{name} must be a whole number >= 0, got {name}={value!r}.")
-    if search_stages:
-        _check_values(policy)
     suite = Suite(
         name="finetune", model=model, levels=levels, train_tasks=[task], val_tasks=[], test_tasks=[]
     )
@@ -130,23 +127,24 @@ def finetune(
     )
     engine = Engine(suite, _engine_settings(process, device), source_moments=policy.source_moments)
     settings = ProcessSettings(
-        **{name: process[name] for name in ("horizon", "performance", "cost", "budget")},
-        weights=_reward_weights(policy) if search_stages else RewardWeights(),
+        **{name: process[name] for name in ("horizon", "performance", "cost", "budget")}
     )
     spec = process_spec(tuple(levels), chosen, engine, task.metric, observer, settings)
     policy.check(spec.levels, [operation_as_json(o) for o in chosen], observer.names(spec))
     stages = LocalStages(engine)
+    search_cost = 0.0
     if search_stages:
-        found = _searched(spec, observer, policy, stages, task.name, replica, search_stages)
-        state, steps, n_stages = replace(found.state, cost=found.cost), found.steps, found.n_stages
-        search_cost = found.cost - found.state.cost
+        episode = guided(policy, spec, observer, stages, search_stages)(task.name, replica)
+        on_the_way = sum(step.tuning_cost for step in episode.steps)
+        search_cost = episode.state.cost - spec.cost(episode.state.start) - on_the_way
     else:
         state, steps = roll_out(
             spec, observer, policy.act, stages, task.name, replica, on_step=on_step
         )
-        n_stages, search_cost = len(state.path), 0.0
+        episode = Episode(state=state, steps=steps)
+    state = episode.state
     start = replace(state, best_path=())
-    run = run_of(spec, METHOD, state, steps, test_metric=report(stages, state))
+    run = run_of(spec, METHOD, episode, test_metric=report(stages, state))
     best = StageRequest(task=task.name, replica=replica, path=state.best_path)
     return FineTuned(
         model=_tuned(model, stages.state_dict(best)),
@@ -156,50 +154,10 @@ def finetune(
         start_test_metric=report(stages, start),
         cost=run.cost,
         search_cost=search_cost,
-        stages=n_stages,
+        stages=run.stages,
         switches=run.switches,
         trace=run.steps,
         run=run,
-    )
-
-
-def _check_values(policy: Policy) -> None:
-    algorithm = policy.metadata["config"]["algorithm"]
-    if algorithm in WITHOUT_EPSILON:
-        raise InputError(
-            "a search must be guided by a policy with values, got one learned by "
-            f"algorithm={algorithm}. Learn one with dqn or q-learning, or leave search_stages out."
-        )
-
-
-def _reward_weights(policy: Policy) -> RewardWeights:
-    """Those the policy was learned under: its values are sums of such rewards."""
-    values = policy.metadata["values"]
-    return RewardWeights(
-        tuning_cost=values["tuning_cost_weight"], switch_cost=values["switch_cost_weight"]
-    )
-
-
-def _searched(
-    spec: ProcessSpec,
-    observer: Observer,
-    policy: Policy,
-    stages: LocalStages,
-    task: str,
-    replica: int,
-    n_stages: int,
-) -> Found:
-    def values(state: State, mask: NDArray[np.int8]) -> NDArray[np.float32]:
-        return policy.values(state.level, observer.observe(spec, state), mask)
-
-    return best_first(
-        spec,
-        values,
-        stages,
-        task,
-        replica,
-        gamma=policy.metadata["values"]["gamma"],
-        n_stages=n_stages,
     )
 
 

@@ -1,5 +1,7 @@
 """Q-networks for levels that take turns: one policy per level, with or without a shared encoder.
 
+For comparison, one policy for all levels: the features alone tell it whose turn it is.
+
 Plain torch, no Ray: the search trains these networks inside RLlib, a saved policy runs them alone.
 Every network may be an ensemble of members (M), evaluated in one batched product per layer.
 
@@ -18,6 +20,7 @@ from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError
 
 EncoderKind = Literal["shared", "separate"]
+Controller = Literal["levels", "single"]
 
 HEAD_SCALE = 0.1
 """Initial scale of the heads: values of actions never tried start near 0, not at random."""
@@ -33,7 +36,8 @@ class NetworkSettings:
         n_actions: A, >= 1, the same for all levels.
         hidden: units of each hidden layer of the encoder, at least one layer.
         dueling: values as state value plus centred advantages (Wang et al. 2016).
-        encoder: "shared": one encoder under a head per level; "separate": an encoder per level.
+        encoder: "shared": one encoder under all heads; "separate": an encoder per level.
+        controller: "levels": a head per level; "single": one head decides at every level's turn.
         n_members: M, independently initialised members of an ensemble, >= 1.
         pessimism: standard deviations over members that are taken off the mean, >= 0.
     """
@@ -44,6 +48,7 @@ class NetworkSettings:
     hidden: tuple[int, ...] = (64, 64)
     dueling: bool = True
     encoder: EncoderKind = "shared"
+    controller: Controller = "levels"
     n_members: int = 1
     pessimism: float = 0.0
 
@@ -60,8 +65,19 @@ class NetworkSettings:
                 raise InputError(f"{name} must be at least 1, got {name}={value}.")
         if self.encoder not in ("shared", "separate"):
             raise InputError(f"encoder must be 'shared' or 'separate', got {self.encoder!r}.")
+        if self.controller not in ("levels", "single"):
+            raise InputError(f"controller must be 'levels' or 'single', got {self.controller!r}.")
+        if self.controller == "single" and self.encoder == "separate":
+            raise InputError(
+                "encoder must be 'shared' for a single controller, got encoder='separate'."
+            )
         if not (self.pessimism >= 0 and math.isfinite(self.pessimism)):
             raise InputError(f"pessimism must be finite and >= 0, got pessimism={self.pessimism}.")
+
+    @property
+    def n_heads(self) -> int:
+        """Heads there are."""
+        return 1 if self.controller == "single" else self.n_levels
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON-able values; `NetworkSettings(**...)` takes them back."""
@@ -94,7 +110,7 @@ class MemberLinear(nn.Module):
 
 
 class LevelQNetwork(nn.Module):
-    """One level's policy: encoder (perhaps shared with other levels) and head."""
+    """One level's policy: encoder and head, either perhaps shared with other levels."""
 
     def __init__(self, encoder: nn.ModuleList, head: MemberLinear, settings: NetworkSettings):
         super().__init__()
@@ -134,12 +150,13 @@ class LevelQNetworks(nn.Module):
         self.settings = settings
         n_encoders = 1 if settings.encoder == "shared" else settings.n_levels
         self.encoders = nn.ModuleList(_encoder(settings, seed, i) for i in range(n_encoders))
-        self.heads = nn.ModuleList(_head(settings, seed, i) for i in range(settings.n_levels))
+        self.heads = nn.ModuleList(_head(settings, seed, i) for i in range(settings.n_heads))
 
     def level(self, level: int) -> LevelQNetwork:
         """One level's network; its parameters are the ones held here."""
         encoder = self.encoders[level % len(self.encoders)]
-        return LevelQNetwork(encoder, self.heads[level], self.settings)  # pyright: ignore[reportArgumentType]
+        head = self.heads[level % len(self.heads)]
+        return LevelQNetwork(encoder, head, self.settings)  # pyright: ignore[reportArgumentType]
 
     def forward(self, features_BF: Tensor, level_B: Tensor) -> Tensor:
         """Q-values of a mixed batch, each row by its own level's network.
@@ -164,10 +181,12 @@ class LevelQNetworks(nn.Module):
             weight = torch.cat([head.weight for head in self._heads()], dim=-1)
             bias = torch.cat([head.bias for head in self._heads()], dim=-1)
             out = torch.baddbmm(bias, x, weight)
-            out_MBLO = out.view(shape.n_members, batch, shape.n_levels, -1)
+            out_MBLO = out.view(shape.n_members, batch, shape.n_heads, -1)
         else:
             out = _stacked(self._heads(), x).view(shape.n_levels, shape.n_members, batch, -1)
             out_MBLO = out.permute(1, 2, 0, 3)
+        if shape.n_heads == 1:
+            return _q_values(out_MBLO.squeeze(2), shape)
         n_out = out_MBLO.shape[-1]
         index_MB1O = level_B.view(1, -1, 1, 1).expand(shape.n_members, -1, 1, n_out)
         return _q_values(out_MBLO.gather(2, index_MB1O).squeeze(2), shape)

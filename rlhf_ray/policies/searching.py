@@ -9,16 +9,21 @@ Dimension letters: A actions.
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.evaluation.rollouts import Stages
+from rlhf_ray.config import WITHOUT_EPSILON
+from rlhf_ray.errors import InputError
+from rlhf_ray.evaluation.judging import Player
+from rlhf_ray.evaluation.rollouts import Episode, Stages, Tried
 from rlhf_ray.operations import Stop
-from rlhf_ray.outcomes import StagePath
+from rlhf_ray.policies.observations import Observer
+from rlhf_ray.policies.policy import Policy
 from rlhf_ray.process import (
     ProcessSpec,
+    RewardWeights,
     State,
     Step,
     action_mask,
@@ -32,22 +37,42 @@ Values = Callable[[State, NDArray[np.int8]], NDArray[np.float32]]
 """(state, mask of open actions (A,)) -> Q-values (A,), minus infinity where the mask is 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search gives.
+def guided(
+    policy: Policy, spec: ProcessSpec, observer: Observer, stages: Stages, n_stages: int
+) -> Player:
+    """How a policy fine-tunes a task when it may search on it.
 
-    Attributes:
-        state: the end of the fine-tuning that met the best val metric; its cost is that of its own
-            path.
-        steps: of that fine-tuning.
-        cost: of every stage that was carried out, and of the start, in full stages (or seconds).
-        n_stages: stages that were carried out.
+    Args:
+        policy: with values; made for the process and the observer.
+        spec: the process; its reward weights are replaced by those the policy was learned under.
+        observer: what the policy sees.
+        stages: carries the stages out.
+        n_stages: see `best_first`.
+
+    Raises:
+        InputError: the policy has no values.
     """
+    algorithm = policy.metadata["config"]["algorithm"]
+    if algorithm in WITHOUT_EPSILON:
+        raise InputError(
+            "a search must be guided by a policy with values, got one learned by "
+            f"algorithm={algorithm}. Learn one with dqn or q-learning, or leave search_stages out."
+        )
+    learned = policy.metadata["values"]
+    weights = RewardWeights(
+        tuning_cost=learned["tuning_cost_weight"], switch_cost=learned["switch_cost_weight"]
+    )
+    weighed = replace(spec, settings=replace(spec.settings, weights=weights))
 
-    state: State
-    steps: tuple[Step, ...]
-    cost: float
-    n_stages: int
+    def values(state: State, mask: NDArray[np.int8]) -> NDArray[np.float32]:
+        return policy.values(state.level, observer.observe(weighed, state), mask)
+
+    def player(task: str, replica: int) -> Episode:
+        return best_first(
+            weighed, values, stages, task, replica, gamma=learned["gamma"], n_stages=n_stages
+        )
+
+    return player
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +92,7 @@ def best_first(
     *,
     gamma: float,
     n_stages: int,
-) -> Found:
+) -> Episode:
     """Follows the policy to its end, then takes the most promising actions left, anywhere.
 
     An action promises the discounted rewards collected before it and the policy's value of it.
@@ -80,19 +105,20 @@ def best_first(
         replica: replica seed.
         gamma: the policy's discount.
         n_stages: stages to carry out beyond the policy's own, >= 0. Fewer where the tree ends.
+
+    Returns:
+        The fine-tuning that met the best val metric, charged with everything that was tried.
     """
-    start = stages.outcome(start_request(task, replica)).outcome
+    tried = Tried(spec, stages)
+    start = tried.outcome(start_request(task, replica)).outcome
     state = start_state(spec, start, task, replica, level=0)
     root = _Node(state=state, steps=(), collected=0.0, discount=1.0)
     frontier = _Frontier(spec)
-    known: dict[StagePath, float] = {}  # path -> cost of its last stage
 
     def follow(node: _Node, action: int) -> _Node:
         request = stage_request(spec, node.state, action)
-        outcome = None if request is None else stages.outcome(request).outcome
+        outcome = None if request is None else tried.outcome(request).outcome
         after, step = advance(spec, node.state, action, outcome)
-        if request is not None:
-            known.setdefault(request.path, step.tuning_cost)
         return _Node(
             state=after,
             steps=(*node.steps, step),
@@ -106,15 +132,14 @@ def best_first(
         decided = int(values_A.argmax())
         frontier.add(node, values_A, but=decided)
         node = follow(node, decided)
-    best, own = node, len(known)
-    while len(known) < own + n_stages and (promising := frontier.pop()) is not None:
+    best, own = node, tried.n_stages
+    while tried.n_stages < own + n_stages and (promising := frontier.pop()) is not None:
         node = follow(*promising)
         if spec.score(node.state.best) > spec.score(best.state.best):
             best = node
         if not node.state.terminated:
             frontier.add(node, values(node.state, action_mask(spec, node.state)))
-    cost = spec.cost(start) + sum(known.values())
-    return Found(state=best.state, steps=best.steps, cost=cost, n_stages=len(known))
+    return tried.charged(Episode(state=best.state, steps=best.steps))
 
 
 class _Frontier:

@@ -31,7 +31,7 @@ LABELS = {
 }
 """How the page calls the swept settings."""
 
-_NOT_IN_CHARTS = ("keys", "paths", "stages", "error", "wall_s")
+_NOT_IN_CHARTS = ("keys", "paths", "stages", "error", "wall_s", "others")
 
 
 def whole(data: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ SMOOTHED = 16
 
 def unfinished(planned: Mapping[str, Any], running: Mapping[str, Any] | None) -> dict[str, Any]:
     """A trial without figures yet; `running` is what the driver knows of one that runs."""
-    blank = dict.fromkeys(("metric", "cost", "switches", "utility", "wall_s", "error"))
+    blank = dict.fromkeys(("metric", "cost", "switches", "utility", "wall_s", "error", "others"))
     curve = (running or {}).get("curve", [])
     return {
         "name": planned["name"],
@@ -39,6 +39,7 @@ def digest_of(record: Mapping[str, Any], sweep: Mapping[str, Any]) -> dict[str, 
         "error": record.get("error"),
         **{name: judged.get(name) for name in ("metric", "cost", "switches", "utility")},
         "wall_s": record.get("wall_s"),
+        "others": record.get("experience", {}).get("episodes"),
         "episodes": len(episodes),
         "curve": smoothed([episode["return"] for episode in episodes]),
         "stages": {k: stages.get(k, 0) for k in ("logical", "executed", "logical_s", "spent_s")},

@@ -37,6 +37,8 @@ DEFAULTS: Mapping[str, Any] = {
     "warm_up": 0.0,
     "decay_fraction": 0.0,
     "explore_by": "step",
+    "persistence": 0.0,
+    "counterfactuals": False,
     "replicas": 1,
     "judge_replicas": 1,
     "cache_gb": 1.0,

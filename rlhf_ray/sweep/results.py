@@ -144,13 +144,17 @@ class SearchResult:
         """A row per trial: its settings and its figures on the val tasks (columns as below).
 
         Columns: trial, status, the swept settings, metric, cost (full stages), switches, utility,
-        on_front.
+        on_front; where trials share experience episodes_of_others, which each learned from.
         """
         rows = [_row(trial) for trial in self.trials]
         on_front = front([(row["metric"], row["cost"]) for row in rows], self._higher_is_better)
         for row, on in zip(rows, on_front, strict=True):
             row["on_front"] = on
-        return pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
+        table = pd.DataFrame(rows, columns=list(TABLE_COLUMNS))
+        learned = [trial.get("experience", {}).get("episodes") for trial in self.trials]
+        if any(episodes is not None for episodes in learned):
+            table["episodes_of_others"] = pd.array(learned, dtype="Int64")
+        return table
 
     def front(self) -> pd.DataFrame:
         """The trials that no other beats in both metric and cost, cheapest first."""

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.digests import digest
@@ -74,11 +75,18 @@ def search(
         _record_sweep(storage, ground)
         result = SearchResult(storage, ground.name)
         shown = baselines_for(config.baselines, tuple(suite.levels))
-        if result.finished and set(shown) <= set(result.summary["methods"]):
+        if result.finished and _holds(result.summary, set(shown), config.search_stages):
             return result
         _run(storage, ground, max_minutes=max_minutes, progress=progress)
         LivePage(storage, ground.name, progress).write()
     return SearchResult(storage, ground.name)
+
+
+def _holds(summary: Mapping[str, Any], names: set[str], search_stages: int) -> bool:
+    """Whether a summary has the baselines asked for, those that search with as many stages."""
+    chosen = [summary["baseline_settings"].get(name, {}) for name in names]
+    searched = {settings["search_stages"] for settings in chosen if "search_stages" in settings}
+    return names <= set(summary["methods"]) and searched <= {search_stages}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from rlhf_ray.evaluation.baselines import run_baselines
 from rlhf_ray.evaluation.judging import judge
+from rlhf_ray.evaluation.running import run_baselines
 from rlhf_ray.evaluation.statistics import rows, summarise
 from rlhf_ray.policies.finetuning import METHOD
 from rlhf_ray.progress import Progress
@@ -54,6 +54,7 @@ def sum_up(
         utility=context.utility,
         seed=config.seed,
         max_stages=searched.distinct,
+        search_stages=config.search_stages,
         progress=progress.message,
     )
     progress.phase("policy on the test tasks", total=len(test_tasks) * len(replicas))
@@ -87,6 +88,7 @@ def sum_up(
         "n_trials": len(result.trials),
         "n_failed": len(result.failures),
         "stages": searched.summary(),
+        **_experience(result),
         "stages_of_comparison": stages.tally.summary(),
         "best": {"trial": best["name"], **best["values"], **best["judged"]},
         "utility": {"tuning_cost": config.utility_cost, "switch_cost": config.utility_switch},
@@ -94,3 +96,13 @@ def sum_up(
         "rows": rows(by_method),
         "baseline_settings": baselines.settings,
     }
+
+
+def _experience(result: SearchResult) -> dict[str, Any]:
+    """How many episodes of others each trial learned from, where trials share experience."""
+    found = {
+        trial["name"]: trial["experience"]["episodes"]
+        for trial in result.trials
+        if "experience" in trial
+    }
+    return {"episodes_of_others": found} if found else {}

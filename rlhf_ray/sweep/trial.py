@@ -8,11 +8,11 @@ from typing import Any
 from ray import tune
 
 from rlhf_ray.algorithms import (
-    AlgorithmSettings,
     build_algorithm,
     episodes_of,
     level_weights,
     network_settings,
+    notes_of,
 )
 from rlhf_ray.config import SWEPT, SearchConfig
 from rlhf_ray.engine.descriptors import Moments
@@ -25,15 +25,17 @@ from rlhf_ray.policies.policy import Policy
 from rlhf_ray.process import ProcessSpec, RewardWeights
 from rlhf_ray.provenance import library_versions
 from rlhf_ray.storage import Storage
+from rlhf_ray.sweep.experience import (
+    PlayedEpisode,
+    episodes_of_others,
+    learn_from_others,
+    played_episode,
+    write_episodes,
+)
 from rlhf_ray.sweep.results import trial_folder, write_policy
+from rlhf_ray.sweep.trial_settings import algorithm_settings, process_record
 from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.tally import TalliedStages, Tally
-
-N_MEMBERS, PESSIMISM = 5, 0.5
-"""A policy's ensemble, and the deviations over it that are taken off its mean."""
-
-UPDATES_PER_STEP = 1.5
-"""With three times as many, trials on `digits` ended lower and shared less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,8 @@ class HandoverTrial(tune.Trainable):
         self._began = time.monotonic()
         self._tally = Tally()
         self._curve: list[dict[str, float]] = []
+        self._played: list[PlayedEpisode] = []
+        self._experience: dict[str, int] | None = None
         weights = RewardWeights(
             tuning_cost=self._values["tuning_cost_weight"],
             switch_cost=self._values["switch_cost_weight"],
@@ -107,6 +111,7 @@ class HandoverTrial(tune.Trainable):
                 "observer": context.observer,
                 "plan": context.plan,
                 "stages": stages,
+                "counterfactuals": _counterfactual(context.config),
             },
             levels=self._spec.levels,
             n_features=len(context.observer.names(self._spec)),
@@ -117,8 +122,10 @@ class HandoverTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Plays and learns from some episodes; after the last, judges the policy and saves it."""
+        if self._context.config.share_experience and self._experience is None:
+            self._experience = self._learn_from_others()
         result = self._algorithm.train()
-        self._curve += episodes_of(result)
+        self._enter(episodes_of(result), notes_of(result))
         recent = self._curve[-32:]
         figures: dict[str, Any] = {
             "episodes": len(self._curve),
@@ -134,6 +141,33 @@ class HandoverTrial(tune.Trainable):
             judged = self._finish().items()
             figures |= {f"judge/{shown.get(name, name)}": value for name, value in judged}
         return figures
+
+    def _enter(self, episodes: list[dict[str, float]], notes: list[dict[str, Any]]) -> None:
+        """Takes note of episodes, each of which brings the tally of its own stages."""
+        self._curve += episodes
+        for episode, noted in zip(episodes, notes, strict=True):
+            self._tally.merge(noted["tally"])
+            number = int(episode["episode"])
+            self._played.append(played_episode(self._settings, number, noted["actions"]))
+
+    def _learn_from_others(self) -> dict[str, int]:
+        context, asked = self._context, Tally()
+        learned = learn_from_others(
+            self._algorithm,
+            episodes_of_others(
+                context.storage, context.sweep, self._name, self._settings, context.plan
+            ),
+            spec=self._spec,
+            observer=context.observer,
+            stages=self._stages.within("experience", asked),
+            plan=context.plan,
+            counterfactual=_counterfactual(context.config),
+        )
+        # others have asked for these stages; what was lost since and ran again is this trial's
+        self._tally.merge(
+            Tally(executed=asked.executed, recomputed=asked.recomputed, spent_s=asked.spent_s)
+        )
+        return learned
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Starts the next trial in this process: importing torch and Ray takes seconds."""
@@ -161,6 +195,8 @@ class HandoverTrial(tune.Trainable):
         judged = summary_of(runs)
         folder = trial_folder(context.sweep, self._name)
         write_policy(context.storage, f"{folder}/policy", policy)
+        if self._experience is not None:
+            write_episodes(context.storage, context.sweep, self._name, self._played)
         record = self._record(judged, runs) | {"drivers": drivers(policy, decisions)}
         context.storage.write_json(f"{folder}/trial.json", record)
         return judged
@@ -176,6 +212,7 @@ class HandoverTrial(tune.Trainable):
             "curve": self._curve,
             "stages": self._tally.as_json(),
             "wall_s": time.monotonic() - self._began,
+            **({} if self._experience is None else {"experience": self._experience}),
         }
 
     def _policy(self) -> Policy:
@@ -207,42 +244,9 @@ class HandoverTrial(tune.Trainable):
         )
 
 
-def process_record(context: TrialContext) -> dict[str, Any]:
-    """What `finetune` needs of the process a policy was learned in."""
-    settings, engine = context.spec.settings, context.config.engine_settings()
-    return {
-        "horizon": settings.horizon,
-        "performance": settings.performance,
-        "cost": settings.cost,
-        "budget": settings.budget,
-        "groups": list(context.observer.groups),
-        "tasks": list(context.observer.tasks),
-        "precision": engine.precision,
-        "val_size": engine.val_size,
-    }
-
-
-def algorithm_settings(config: SearchConfig, values: Mapping[str, float]) -> AlgorithmSettings:
-    """What a trial's algorithm is told."""
-    in_flight = min(config.stages_in_flight, config.episodes)
-    return AlgorithmSettings(
-        gamma=values["gamma"],
-        epsilon=values["epsilon"],
-        alpha=config.alpha,
-        n_episodes=config.episodes,
-        warm_up=config.warm_up,
-        decay_fraction=config.decay_fraction,
-        explore_by=config.explore_by,
-        n_members=N_MEMBERS,
-        pessimism=PESSIMISM,
-        updates_per_step=UPDATES_PER_STEP,
-        seed=config.seed,
-        # ppo learns from what it played once, and so plays more at a time by itself
-        episodes_per_iteration=None if config.algorithm == "ppo" else in_flight,
-        num_env_runners=config.env_runners,
-        num_envs_per_runner=in_flight,
-        overrides=config.rllib,
-    )
+def _counterfactual(config: SearchConfig) -> bool:
+    """Whether trials learn from what stages imply: only `dqn` replays single transitions."""
+    return config.counterfactuals and config.algorithm == "dqn"
 
 
 def failed_record(name: str, values: Mapping[str, float], error: str) -> dict[str, Any]:

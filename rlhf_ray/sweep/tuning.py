@@ -23,10 +23,11 @@ from rlhf_ray.ray_session import concurrent_trials, needs
 from rlhf_ray.report.live import LivePage
 from rlhf_ray.sweep.plan import PlannedTrial
 from rlhf_ray.sweep.results import trial_folder
+from rlhf_ray.sweep.tracking import Tolerated
 from rlhf_ray.sweep.trial import HandoverTrial, TrialContext, failed_record
 from rlhf_ray.tensorboard import TensorBoardLog
 from rlhf_ray.trackers import tracker_callbacks
-from rlhf_ray.tree.workers import StagesHandle
+from rlhf_ray.tree.pool import StagesHandle
 
 TUNE_FOLDER = "tune"
 """Tune's own files of a sweep, TensorBoard's events among them."""
@@ -72,10 +73,14 @@ def run_trials(
     failures: dict[str, Exception] = {}
     # as a filesystem: the URI may hold keys, which Tune would write into its files
     with watcher.watching(), _quiet(), context.storage.keyless() as filesystem:
+        trackers = [
+            Tolerated(name, tracker, progress)
+            for name, tracker in tracker_callbacks(context.config, context.sweep).items()
+        ]
         for _ in range(ROUNDS):
             again = {trial.name for trial in waiting}
             failures = {name: error for name, error in failures.items() if name not in again}
-            failures |= _fit(context, waiting, watcher, filesystem, ends)
+            failures |= _fit(context, waiting, [watcher, *trackers], filesystem, ends)
             waiting = [trial for trial in waiting if _was_lost(failures.get(trial.name))]
             if not waiting or (ends is not None and time.monotonic() >= ends):
                 break
@@ -87,7 +92,7 @@ def run_trials(
 def _fit(
     context: TrialContext,
     waiting: Sequence[PlannedTrial],
-    watcher: "_Watcher",
+    callbacks: Sequence[tune.Callback],
     filesystem: FileSystem,
     ends: float | None,
 ) -> dict[str, Exception]:
@@ -117,13 +122,7 @@ def _fit(
             failure_config=tune.FailureConfig(max_failures=MAX_LOST),
             # a trial that is cut off starts again on the warm tree: nothing of it to save
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[
-                watcher,
-                TensorBoardLog(),
-                JsonLoggerCallback(),
-                CSVLoggerCallback(),
-                *tracker_callbacks(context.config, context.sweep),
-            ],
+            callbacks=[*callbacks, TensorBoardLog(), JsonLoggerCallback(), CSVLoggerCallback()],
         ),
     )
     results = tuner.fit()

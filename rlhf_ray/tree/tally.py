@@ -4,7 +4,6 @@ Clients keep tallies; those of several processes are merged. A stage counts as s
 path: evaluations of the start and test reports enter the seconds only.
 """
 
-import copy
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -149,12 +148,9 @@ class TalliedStages:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def within(self, name: str) -> "TalliedStages":
-        """The same provider and tally, in a namespace inside this one's."""
-        inner = copy.copy(self)
-        inner._namespace = f"{self._namespace}/{name}"
-        inner._lock = self._lock  # one tally, one lock
-        return inner
+    def within(self, name: str, tally: Tally) -> "TalliedStages":
+        """The same provider in a namespace inside this one's, counted in a tally of its own."""
+        return TalliedStages(self._stages, tally, f"{self._namespace}/{name}")
 
     def outcome(self, request: StageRequest) -> Answer:
         """Answers one request and counts it.

@@ -13,9 +13,17 @@ from rlhf_ray.algorithms import (
     episodes_of,
     level_weights,
     network_settings,
+    notes_of,
 )
 from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action
-from rlhf_ray.algorithms.handover import ReplayBuffer, Transitions, flatten, td_loss, td_targets
+from rlhf_ray.algorithms.handover import (
+    ReplayBuffer,
+    Transitions,
+    td_loss,
+    td_targets,
+    transitions,
+    turns,
+)
 from rlhf_ray.errors import InputError, RlhfRayError
 from rlhf_ray.policies.networks import LevelQNetworks
 from rlhf_ray.testing import known_optimum_env, random_problem
@@ -65,6 +73,10 @@ def train(n_iterations=3, **changes):
     weights = level_weights(algorithm)
     algorithm.stop()
     return records, weights
+
+
+def flatten(episode, levels, backup="handover"):
+    return transitions(turns(episode, levels), backup)
 
 
 # --- the backup, by hand -----------------------------------------------------------------------
@@ -204,6 +216,21 @@ def test_exploring_by_episode_is_random_altogether_or_greedy_altogether():
     assert all(len(set(actions)) > 1 for actions in explored[:3])
 
 
+def test_a_random_action_repeats_the_last_operation_as_often_as_asked_where_it_is_open():
+    mask = np.int8([1, 0, 1, 1])
+
+    def drawn(episode, **more):
+        return exploring_action(3, episode, 2, mask, 1.0, by="episode", **more)
+
+    plain = [drawn(episode) for episode in range(300)]
+    again = [drawn(episode, again=3, persistence=0.6) for episode in range(300)]
+    assert all(action in (before, 3) for before, action in zip(plain, again, strict=True))
+    others = [action for before, action in zip(plain, again, strict=True) if before != 3]
+    assert others.count(3) / len(others) == pytest.approx(0.6, abs=0.1)
+    assert [drawn(episode, again=1, persistence=0.6) for episode in range(300)] == plain  # closed
+    assert exploring_action(3, 0, 2, mask, 0.0, again=3, persistence=0.6) is None
+
+
 def test_epsilon_falls_over_the_fraction_asked_for():
     shape = {"final": 0.1, "n_episodes": 100}
     assert epsilon_at(0, decay_fraction=0.5, **shape) == 1.0
@@ -335,6 +362,43 @@ def test_metrics_are_few_and_flat_and_hold_the_environments_own(local_ray):
     assert result["epsilon"] > 0.7
     assert "env_runners" not in result
     assert "learners" not in result
+
+
+def test_notes_of_the_environment_come_with_the_episodes(local_ray):
+    def creator(config):
+        env = known_optimum_env(config["problem"], 7)
+        reset, taken = env.reset, []
+
+        def noted(**kwargs):
+            taken[:] = [kwargs["options"]["episode"]]
+            return reset(**kwargs)
+
+        env.reset, env.episode_notes = noted, lambda: {"episode": list(taken)}
+        return env
+
+    for runners in (0, 2):
+        algorithm = make(env_creator=creator, num_env_runners=runners)
+        assert notes_of(algorithm.train()) == [{"episode": [n]} for n in range(4)]
+        algorithm.stop()
+
+
+def test_episodes_of_others_are_replayed_and_make_no_updates_of_their_own(local_ray):
+    def learned(n_others):
+        other = make(seed=8)
+        episodes = [turns(e, PROBLEM.levels) for e in other.env_runner.sample(num_episodes=5)]
+        other.stop()
+        algorithm = make()
+        algorithm.remember(episodes[:n_others])
+        result = algorithm.train()
+        assert len(algorithm.local_replay_buffer) == PROBLEM.horizon * (n_others + 4)
+        assert (result["episodes"], result["updates"]) == (4, 3 * 4 * PROBLEM.horizon)
+        weights = level_weights(algorithm)
+        algorithm.stop()
+        return weights
+
+    alone, one, same = learned(0), learned(5), learned(5)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], alone[name]) for name in one)
 
 
 def test_a_trial_plays_its_episodes_and_no_more(local_ray):

@@ -153,6 +153,13 @@ def test_bad_settings_are_refused(changes, match):
         make(**changes)
 
 
+def test_episodes_of_others_are_refused(ray_session):
+    algorithm = make()
+    with pytest.raises(InputError, match=r"must be off-policy.*Take dqn or q-learning"):
+        algorithm.remember([])
+    algorithm.stop()
+
+
 def test_rllib_settings_can_be_overridden(ray_session):
     algorithm = make(overrides={"entropy_coeff": 0.5, "num_epochs": 2, "lambda_": 0.5})
     result = algorithm.train()

@@ -10,6 +10,7 @@ from rlhf_ray.algorithms import (
     level_weights,
     network_settings,
 )
+from rlhf_ray.algorithms.handover import turns
 from rlhf_ray.errors import InputError
 from rlhf_ray.policies.policy import Policy
 from rlhf_ray.policies.q_table import QTable, from_weights
@@ -44,7 +45,7 @@ def test_updates_by_hand_bootstrap_from_the_level_that_acts_next():
     from rlhf_ray.algorithms.q_learning import learn_step, table_steps
 
     tables = [QTable(2, 2), QTable(2, 2)]
-    steps = table_steps(four_turns(), ["a", "b"], tables)
+    steps = table_steps(turns(four_turns(), ["a", "b"]), tables)
     assert [(s.level, s.row, s.action, s.next_level, s.next_row) for s in steps[:3]] == [
         (0, 0, 0, 1, 0),
         (1, 0, 1, 0, 1),
@@ -65,7 +66,7 @@ def test_stock_bootstraps_from_the_levels_own_next_turn():
     from rlhf_ray.algorithms.q_learning import learn_step, table_steps
 
     tables = [QTable(2, 2), QTable(2, 2)]
-    steps = table_steps(four_turns(), ["a", "b"], tables, "own")
+    steps = table_steps(turns(four_turns(), ["a", "b"]), tables, "own")
     for step in reversed(steps):
         learn_step(tables, step, alpha=1.0, gamma=0.5)
     assert tables[1].best(0, (1,)) == 2.0  # b has no later turn
@@ -92,6 +93,27 @@ def test_every_level_has_a_table_of_its_own_and_the_runner_the_learners(ray_sess
         level, part = int(name.split(".")[1]), name.split(".")[2]
         assert torch.equal(tables[level].tensors()[part], value)
     algorithm.stop()
+
+
+def test_episodes_of_others_are_replayed(ray_session):
+    other, algorithm = make(seed=8), make()
+    played = [turns(e, PROBLEM.levels) for e in other.env_runner.sample(num_episodes=5)]
+    algorithm.remember(played)
+    assert not any(
+        value.any() for name, value in level_weights(algorithm).items() if "states" not in name
+    )
+    met = {(turn.level, *turn.observation["features"]) for episode in played for turn in episode}
+    result = algorithm.train()
+    assert result["updates"] == PROBLEM.horizon * 4 * (1 + 3 * 64)
+    weights = level_weights(algorithm)
+    learned = {
+        (level, *weights[f"levels.{level}.states"][row].tolist())
+        for level in range(3)
+        for row in weights[f"levels.{level}.visits"].any(dim=1).nonzero().flatten().tolist()
+    }
+    assert met <= learned
+    algorithm.stop()
+    other.stop()
 
 
 def test_only_valid_actions_are_taken_and_learned(ray_session):

@@ -174,6 +174,16 @@ def test_trials_table_shows_every_figure_and_marks_best_and_front(tmp_path):
     assert rows[2] == ["001-abcdef", "0.9", "0.05", "0.02", "0.001", "failed"]
 
 
+def test_trials_table_shows_what_was_learned_from_others(tmp_path):
+    write_sweep(tmp_path, n_trials=2)
+    table = SearchResult.load(tmp_path / "small-1").table()
+    table["episodes_of_others"] = [0, 112]
+    lines = plain(lambda t: t.show(tables.trials_table(table, None, metric="accuracy")))
+    assert_fits(lines)
+    assert any("others" in line for line in lines)
+    assert [line.split()[-1] for line in lines if "abcdef" in line] == ["0", "112"]
+
+
 def as_methods(figures):
     return {name: {"metric_mean": m, "cost_mean": c} for name, (m, c) in figures.items()}
 

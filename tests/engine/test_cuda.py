@@ -79,7 +79,7 @@ def test_data_and_weights_lie_on_the_device_and_states_on_the_cpu() -> None:
     _, weights = carried_out(stages)
     loaded = stages.engine._loaded  # type: ignore[attr-defined]
     assert {value.device.type for value in loaded.state.values()} == {CUDA.device}
-    for data in loaded._splits.values():
+    for data in loaded._splits.kept:
         assert {v.device.type for v in (*data.values.values(), data.targets)} == {CUDA.device}
     assert {value.device.type for value in weights.values()} == {"cpu"}
 

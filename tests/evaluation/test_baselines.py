@@ -10,10 +10,11 @@ from torch import nn
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
-from rlhf_ray.evaluation.baselines import ALWAYS, baselines_for, run_baselines
+from rlhf_ray.evaluation.baselines import ALWAYS, baselines_for
 from rlhf_ray.evaluation.choosing import plan_halving
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.optimum import acting_levels, best_fine_tuning
+from rlhf_ray.evaluation.running import run_baselines
 from rlhf_ray.operations import Skip, Stop, Train, default_operations
 from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.process import (
@@ -55,7 +56,7 @@ def test_names_resolve_in_the_order_of_reports():
     )  # fmt: skip
     everything = baselines_for(["all"], ["conv", "head"])
     assert {"auto_rgn", "level:conv", "level:head"} < set(everything)
-    assert "optimum" not in everything
+    assert not {"optimum", "asha", "tpe"} & set(everything)
     assert "optimum" in baselines_for(["all", "optimum"], ["conv", "head"])
 
 
@@ -317,8 +318,9 @@ def test_all_baselines_run_on_the_engine():
         train_tasks=["train0", "train1"],
         val_tasks=["val0"],
         test_tasks=["test0"],
-        names=["all", "optimum"],
+        names=["all", "optimum", "asha", "tpe"],
         max_stages=40,
+        search_stages=4,
         threads=1,
     )
     best = results.runs["optimum"][0].val_utility

@@ -77,7 +77,7 @@ def test_walk_returns_the_best_state_the_start_included():
 def test_run_holds_the_hand_computed_account():
     spec, stages = spec_of(2), SyntheticStages()
     episode = walk(spec, stages, "a", 1, [step(1), step(0, 1)])[-1]
-    run = run_of(spec, "lp_ft", episode.state, episode.steps, utility=UTILITY, test_metric=0.61)
+    run = run_of(spec, "lp_ft", episode, utility=UTILITY, test_metric=0.61)
     # start 0.1, head 0.6, both 1.1; switches 0 -> 1 -> 0; metric 0.5 + 0.1 + 0.06
     assert run.cost == pytest.approx(1.8)
     assert run.switches == 2
@@ -93,7 +93,7 @@ def test_run_holds_the_hand_computed_account():
 def test_run_survives_json():
     spec, stages = spec_of(2), SyntheticStages()
     episode = walk(spec, stages, "a", 1, [step(1)])[-1]
-    run = run_of(spec, "head", episode.state, episode.steps)
+    run = run_of(spec, "head", episode)
     assert Run.from_json(json.loads(json.dumps(run.as_json()))) == run
     assert run.utility is None
 
@@ -102,7 +102,7 @@ def test_run_of_a_lower_is_better_metric_turns_the_utility():
     spec = spec_of(2, higher_is_better=False)
     stages = SyntheticStages(lambda path, task: [0.5, 0.3, 0.4][len(path)])
     episode = walk(spec, stages, "a", 0, [step(0)] * 2)[-1]
-    run = run_of(spec, "m", episode.state, episode.steps, utility=UTILITY, test_metric=0.25)
+    run = run_of(spec, "m", episode, utility=UTILITY, test_metric=0.25)
     assert (run.val_metric, run.best_length) == (0.3, 1)
     assert run.utility == pytest.approx(-0.25 - 0.02 * 1.3)
 
@@ -110,7 +110,7 @@ def test_run_of_a_lower_is_better_metric_turns_the_utility():
 def test_diverged_stages_are_charged_and_counted():
     spec, stages = spec_of(2), SyntheticStages(diverges=lambda path: len(path) == 2)
     episode = walk(spec, stages, "a", 0, [step(1)] * 2)[-1]
-    run = run_of(spec, "m", episode.state, episode.steps)
+    run = run_of(spec, "m", episode)
     assert run.diverged == 1
     assert run.cost == pytest.approx(1.3)
 
@@ -139,8 +139,8 @@ def test_roll_out_and_walk_agree_on_one_path():
     walked = walk(spec, stages, "a", 0, episode.state.path)[-1]
     for name in ("cost", "switches", "best", "best_path", "tuned", "last_tuned"):
         assert getattr(walked.state, name) == getattr(episode.state, name)
-    assert run_of(spec, "m", walked.state, walked.steps).val_utility == pytest.approx(
-        run_of(spec, "m", episode.state, episode.steps).val_utility
+    assert run_of(spec, "m", walked).val_utility == pytest.approx(
+        run_of(spec, "m", episode).val_utility
     )
 
 
@@ -243,7 +243,7 @@ def test_summary_refuses_runs_without_test_figures():
     spec, stages = spec_of(2), SyntheticStages()
     episode = Episode(state=walk(spec, stages, "a", 0, [])[0].state)
     with pytest.raises(InputError, match="must have been reported"):
-        summary_of([run_of(spec, "m", episode.state, episode.steps)])
+        summary_of([run_of(spec, "m", episode)])
 
 
 def test_compare_keeps_methods_apart():

@@ -40,6 +40,20 @@ def test_levels_hold_the_parameters_of_the_whole(settings):
     assert held == {id(p) for p in networks.parameters()}
 
 
+@pytest.mark.parametrize("dueling", [True, False])
+def test_a_single_controller_has_one_head_and_answers_all_levels_alike(dueling):
+    settings = NetworkSettings(
+        n_levels=3, n_features=5, n_actions=4, n_members=2, dueling=dueling, controller="single"
+    )
+    networks = LevelQNetworks(settings)
+    assert sum(name.startswith("heads.") for name in networks.state_dict()) == 2  # weight and bias
+    features = torch.randn(6, 5)
+    together = networks(features, torch.arange(6) % 3)
+    assert together.shape == (2, 6, 4)
+    for level in range(3):  # whose turn it is is known from the features alone
+        torch.testing.assert_close(networks.level(level)(features), together)
+
+
 def test_equal_seeds_give_equal_weights_and_members_differ():
     settings = NetworkSettings(n_levels=2, n_features=3, n_actions=4, n_members=2)
     one, same, other = (LevelQNetworks(settings, seed=seed) for seed in (1, 1, 2))
@@ -65,6 +79,8 @@ def test_masked_values_are_never_the_largest():
         ({"n_levels": 0}, "n_levels must be at least 1, got n_levels=0"),
         ({"hidden": ()}, "hidden must be at least 1"),
         ({"encoder": "common"}, "encoder must be 'shared' or 'separate'"),
+        ({"controller": "one"}, "controller must be 'levels' or 'single', got 'one'"),
+        ({"controller": "single", "encoder": "separate"}, "encoder must be 'shared' for a single"),
         ({"pessimism": -1.0}, "pessimism must be finite"),
     ],
 )

@@ -34,6 +34,7 @@ def make_policy(**changes):
         {"encoder": "separate"},
         {"dueling": False},
         {"n_members": 3, "pessimism": 1.0},
+        {"controller": "single"},
     ],
 )
 def test_load_gives_back_what_save_wrote(tmp_path, changes):

@@ -361,3 +361,16 @@ def test_made_up_runs_have_the_fields_of_real_ones():
     from rlhf_ray.evaluation.judging import Run
 
     Run.from_json(made_up_run(random.Random(0), "policy", "t", 0, LEVELS, 0.0))
+
+
+def test_page_says_how_many_episodes_of_others_each_trial_learned_from(storage):
+    write_made_up_sweep(storage, n_trials=2)
+    assert "others' episodes" not in whole(Gatherer(storage, "made-up").gather())
+    for name, episodes in zip(storage.folders("made-up/trials"), (0, 112), strict=True):
+        file = f"made-up/trials/{name}/trial.json"
+        record = storage.read_json(file)
+        storage.write_json(file, record | {"experience": {"trials": 1, "episodes": episodes}})
+    shown = whole(Gatherer(storage, "made-up").gather())
+    assert "others' episodes" in shown
+    assert '<td class="n" data-v="0">0</td>' in shown
+    assert '<td class="n" data-v="112">112</td>' in shown

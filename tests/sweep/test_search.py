@@ -144,6 +144,14 @@ def test_baselines_asked_for_later_are_added(finished: Finished) -> None:
     assert first == second
 
 
+def test_baselines_that_search_are_run_again_for_other_stages(finished: Finished) -> None:
+    for n_stages in (2, 3):
+        config = replace(finished.config, baselines=("tpe",), search_stages=n_stages)
+        result = search(small_suite(), config)
+        assert set(result.methods().index) >= {"tpe", "policy"}
+        assert result.summary["baseline_settings"]["tpe"]["search_stages"] == n_stages
+
+
 def test_other_configuration_under_the_same_name_is_refused(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +205,8 @@ def test_fresh_forgets_the_sweep_and_keeps_lock_and_tree(
 
 @pytest.mark.usefixtures("ray_session")
 def test_sharing_and_concurrency_change_no_figure(finished: Finished, tmp_path: Path) -> None:
-    alone = search(small_suite(), config(tmp_path, share=False, concurrent_trials=2, num_workers=2))
+    spread = {"concurrent_trials": 2, "num_workers": 2, "env_runners": 1}
+    alone = search(small_suite(), config(tmp_path, share=False, **spread))
     assert same(alone.table(), finished.result.table())
     curves = [[trial["curve"] for trial in r.trials] for r in (alone, finished.result)]
     assert curves[0] == curves[1]
@@ -206,6 +215,32 @@ def test_sharing_and_concurrency_change_no_figure(finished: Finished, tmp_path: 
     assert stages["logical"] == shared["logical"] == stages["executed"]
     assert stages["distinct"] == shared["distinct"] >= shared["executed"]
     assert not (tmp_path / "tree").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_second_trial_learns_from_the_firsts_episodes(tmp_path: Path) -> None:
+    asked = config(tmp_path, share_experience=True, warm_up=0.2, decay_fraction=0.4, env_runners=1)
+    result = search(small_suite(), asked)
+    first, second = result.trials
+    assert first["experience"] == {"trials": 0, "episodes": 0, "steps": 0}
+    folder = tmp_path / result.name / "trials"
+    played = [
+        json.loads((folder / trial["name"] / "episodes.json").read_text())
+        for trial in result.trials
+    ]
+    assert [len(episodes) for episodes in played] == [6, 6]
+    not_drawn = [actions for _, random, *actions in played[0] if not random]
+    learned = second["experience"]["episodes"]
+    assert 0 < learned <= len(not_drawn) < 6
+    assert second["experience"]["trials"] == 1 and second["experience"]["steps"] >= learned
+    assert list(result.table()["episodes_of_others"]) == [0, learned]
+    assert result.summary["episodes_of_others"] == {first["name"]: 0, second["name"]: learned}
+    operations = asked.operations()
+    for trial, episodes in zip(result.trials, played, strict=True):
+        taken = [operations[action // 2] for _, _, *actions in episodes for action in actions]
+        trained = sum(not isinstance(operation, Stop | Skip) for operation in taken)
+        judged = sum(run["stages"] for run in trial["runs"])
+        assert trial["stages"]["logical"] == trained + judged  # what others asked for is not in it
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -20,11 +20,12 @@ from fake_engine import IDENTITY, FakeEngine, ran, request
 from rlhf_ray.errors import InputError, StageError
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.storage import open_storage
-from rlhf_ray.tree import workers
+from rlhf_ray.tree import pool
 from rlhf_ray.tree.client import RayStages
+from rlhf_ray.tree.pool import StagesHandle
 from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.store import TreeStore
-from rlhf_ray.tree.workers import StagesHandle, start_workers
+from rlhf_ray.tree.workers import start_workers
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -319,7 +320,7 @@ def test_unshared_carries_out_every_stage_of_every_episode(start: Start, tmp_pat
 def test_no_room_for_a_worker_is_said_and_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "FIRST_WORD_S", 0.5)
+    monkeypatch.setattr(pool, "FIRST_WORD_S", 0.5)
     progress = Lines()
     with pytest.raises(InputError, match=r"room for a worker, which needs .* 8 GPUs, got none in"):
         started(tmp_path, gpus_per_worker=8, patience_s=1.5, progress=progress)

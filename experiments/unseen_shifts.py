@@ -1,0 +1,152 @@
+"""E1: does a learned policy fine-tune tasks of unseen families better and cheaper than schedules?
+
+    python experiments/unseen_shifts.py --storage-path e1 --data-root data
+
+Cross-validation over families: in every fold the train, val and test tasks come from families of
+shifts of their own (three folds; each family is tested once). Per fold and seed a sweep of two
+trials learns on the train tasks and is chosen on the val tasks; the seed's policy meets the test
+tasks on the replica seed of the same number. Baselines choose on the train and val tasks and meet
+the test tasks on the same replica seeds. Differences are paired by task and seed, averaged over
+seeds, with Student's interval over tasks. Every cost counts: training, evaluations, probes, and of
+those that search on the test task all that they tried. Goes on where it was cut off; writes
+unseen_shifts.md and figures/unseen_shifts.svg of all that is there.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, as_json, cell, kept
+from unseen_table import report
+
+import rlhf_ray as rr
+from rlhf_ray.evaluation.judging import Run, compare
+from rlhf_ray.evaluation.rollouts import Episode, walk
+from rlhf_ray.evaluation.running import run_baselines
+from rlhf_ray.operations import Train
+from rlhf_ray.outcomes import StageStep
+
+BASELINES = (
+    "lp_ft", "gradual_last_first", "gradual_first_last", "auto_rgn", "l2_sp", "asha", "tpe",
+    *(f"level:{name}" for name in ("conv1", "conv2", "dense", "head")),
+)  # fmt: skip
+N_TASKS = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 7}
+SEARCH_STAGES, GUIDED_STAGES = 10, 5
+"""Of `asha` and `tpe` on a test task; of the policy's own search beyond its up to five stages."""
+
+CURVE = 10
+"""Stages of full fine-tuning that are drawn."""
+
+
+def learn_and_test(here: Cell, folder: Path, seed: int) -> dict[str, Any]:
+    def make() -> dict[str, Any]:
+        began = time.monotonic()
+        learned = here.learn(seed)
+        return {
+            "runs": {
+                "policy": as_json(here.test(learned, seed, "policy")),
+                "policy_search": as_json(here.test(learned, seed, "policy_search", GUIDED_STAGES)),
+            },
+            "values": learned.policy.metadata["values"],
+            "distinct": learned.distinct,
+            "cost": learned.cost,
+            "wall_s": time.monotonic() - began,
+        }
+
+    return kept(folder / f"seed{seed}.json", make)
+
+
+def schedules(here: Cell, folder: Path, seeds: int, max_stages: int) -> dict[str, Any]:
+    def make() -> dict[str, Any]:
+        context, stages, suite = here.context(here.config(0)), here.stages(), here.suite
+        found = run_baselines(
+            context.spec,
+            stages,
+            train_tasks=[task.name for task in suite.train_tasks],
+            val_tasks=[task.name for task in suite.val_tasks],
+            test_tasks=[task.name for task in suite.test_tasks],
+            names=BASELINES,
+            replicas=range(seeds),
+            utility=context.utility,
+            max_stages=max_stages,
+            search_stages=SEARCH_STAGES,
+            progress=lambda line: print(f"  {line}", flush=True),
+        )
+        curve = full_curve(here, found.settings["full_best"]["learning_rate"])
+        return {
+            "runs": {name: as_json(runs) for name, runs in found.runs.items()},
+            "settings": {name: dict(settings) for name, settings in found.settings.items()},
+            "curve": {name: as_json(runs) for name, runs in curve.items()},
+        }
+
+    return kept(folder / "baselines.json", make)
+
+
+def full_curve(here: Cell, learning_rate: float) -> dict[str, list[Run]]:
+    """Full fine-tuning of 1 to `CURVE` stages, on the first replica seed."""
+    context, stages = here.context(here.config(0)), here.stages()
+    spec = replace(
+        context.spec,
+        probed=False,
+        settings=replace(context.spec.settings, horizon=CURVE),
+    )
+    train = next(op for op in spec.operations if isinstance(op, Train))
+    operation = replace(train, name=f"train at {learning_rate:g}", learning_rate=learning_rate)
+    step = StageStep(operation=operation, levels=tuple(range(spec.n_levels)))
+
+    def player(task: str, replica: int, n: int) -> Episode:
+        return walk(spec, stages, task, replica, (step,) * n)[-1]
+
+    return compare(
+        {str(n): lambda task, r, n=n: player(task, r, n) for n in range(1, CURVE + 1)},
+        spec,
+        stages,
+        tasks=[task.name for task in here.suite.test_tasks],
+        replicas=[0],
+        utility=context.utility,
+    )
+
+
+def run(args: argparse.Namespace, name: str, fold: int) -> None:
+    storage = f"{args.storage_path}/{name}"
+    suite = rr.load_suite(
+        name, fold=fold, data_root=args.data_root, storage_path=storage, **N_TASKS
+    )
+    folder = Path(storage, "records", f"fold{fold}")
+    with cell(suite, storage) as here:
+        learned: list[Mapping[str, Any]] = []
+        for seed in range(args.seeds):
+            learned.append(learn_and_test(here, folder, seed))
+            utility = statistics.mean(run["utility"] for run in learned[-1]["runs"]["policy"])
+            print(f"{suite.name} seed {seed}: utility {utility:.4f}", flush=True)
+        distinct = round(statistics.mean(record["distinct"] for record in learned))
+        schedules(here, folder, args.seeds, distinct)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--suites", nargs="+", default=["mnist-4", "fashion-mnist-4"])
+    parser.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--storage-path", default="e1", help="what is done is kept here")
+    parser.add_argument("--data-root", help="torchvision's layout; else RLHF_RAY_DATA, else ./data")
+    parser.add_argument("--report-only", action="store_true", help="carry out nothing")
+    args = parser.parse_args()
+    if not args.report_only:
+        for name in args.suites:
+            for fold in args.folds:
+                run(args, name, fold)
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
+    made_by = f"Made by unseen_shifts.py ({machine}, {versions})."
+    print(report(args.storage_path, args.suites, args.seeds, made_by))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The table and the figure of `unseen_shifts.py`, from its records."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import markdown
+from curves import Curve, drawn
+
+from rlhf_ray.evaluation.judging import Run
+from rlhf_ray.evaluation.statistics import PairedDifference, paired_difference, summarise
+
+HINDSIGHT = "best_single_level"
+"""Per task and seed the best of the single levels by test utility."""
+
+SEARCHING = ("policy_search", "asha", "tpe")
+"""They search on the test task itself."""
+
+COLUMNS = (
+    "method", "accuracy", "cost", "switches", "utility", "rank", "utility: policy minus it",
+    "worst task",
+)  # fmt: skip
+
+HERE = Path(__file__).parent
+Runs = dict[str, list[Run]]
+
+
+def report(storage_path: str, suites: Sequence[str], seeds: int, made_by: str) -> str:
+    """Writes the table and the figure of all folds that are complete; gives the text."""
+    parts, curves = [], {}
+    for suite in suites:
+        folds = complete_folds(Path(storage_path, suite, "records"), seeds)
+        if folds:
+            parts.append(suite_section(suite, folds))
+            curves[suite] = cost_curves(folds)
+    text = "\n\n".join([*parts, made_by]) + "\n"
+    (HERE / "unseen_shifts.md").write_text(text)
+    figure = HERE / "figures" / "unseen_shifts.svg"
+    figure.write_text(drawn(curves, "tuning cost, full stages", "accuracy on unseen tasks"))
+    return text
+
+
+def complete_folds(folder: Path, seeds: int) -> list[dict[str, Any]]:
+    """Per fold its records: "learned" (one per seed) and "baselines"."""
+    found = []
+    for fold in sorted(folder.glob("fold*")):
+        files = [fold / f"seed{seed}.json" for seed in range(seeds)]
+        if all(file.exists() for file in [*files, fold / "baselines.json"]):
+            found.append(
+                {
+                    "learned": [json.loads(file.read_text()) for file in files],
+                    "baselines": json.loads((fold / "baselines.json").read_text()),
+                    "name": fold.name,
+                }
+            )
+    return found
+
+
+def all_runs(folds: Sequence[Mapping[str, Any]]) -> Runs:
+    """Method -> runs of all folds; tasks are named for their fold."""
+    runs: Runs = {}
+
+    def add(method: str, fold: str, records: Sequence[Mapping[str, Any]]) -> None:
+        for record in records:
+            named = {**record, "method": method, "task": f"{fold}/{record['task']}"}
+            runs.setdefault(method, []).append(Run.from_json(named))
+
+    for fold in folds:
+        for learned in fold["learned"]:
+            for method, records in learned["runs"].items():
+                add(method, fold["name"], records)
+        for method, records in fold["baselines"]["runs"].items():
+            add(method, fold["name"], records)
+    return runs
+
+
+def with_hindsight(runs: Runs) -> list[Run]:
+    """The best single level per task and seed."""
+    singles = [mine for method, mine in runs.items() if method.startswith("level:")]
+    best: dict[tuple[str, int], Run] = {}
+    for run in (run for mine in singles for run in mine):
+        place = (run.task, run.replica)
+        if place not in best or (run.utility or 0) > (best[place].utility or 0):
+            best[place] = run
+    return list(best.values())
+
+
+def suite_section(suite: str, folds: Sequence[Mapping[str, Any]]) -> str:
+    """Heading, table, and the targets of one suite."""
+    runs = all_runs(folds)
+    without_search = {name: mine for name, mine in runs.items() if name not in SEARCHING}
+    ranks = {name: f["rank_mean"] for name, f in summarise(without_search).items()}
+    shown = {**runs, HINDSIGHT: with_hindsight(runs)}
+    figures = summarise({name: sorted(mine, key=_place) for name, mine in shown.items()})
+    rows: list[Sequence[str]] = [COLUMNS]
+    for method in sorted(figures, key=lambda name: -figures[name]["utility_mean"]):
+        row, difference = figures[method], paired_difference(shown["policy"], shown[method])
+        rows.append(
+            (
+                method,
+                f"{row['metric_mean']:.4f}",
+                f"{row['cost_mean']:.3f}",
+                f"{row['switches_mean']:.2f}",
+                f"{row['utility_mean']:.4f}",
+                f"{ranks[method]:.2f}" if method in ranks else "-",
+                "-" if method == "policy" else points(difference),
+                "-" if method == "policy" else f"{100 * difference.worst:+.1f}",
+            )
+        )
+    n_tasks = len({run.task for run in runs["policy"]})
+    seeds = len({run.replica for run in runs["policy"]})
+    return "\n\n".join(
+        [
+            f"## {suite}: {n_tasks} unseen tasks, {len(folds)} folds, {seeds} seeds",
+            markdown(rows),
+            "Differences in points of utility with their 95% interval over tasks; the worst task "
+            "is the policy's against the method. Ranks are among those that search nothing on the "
+            "new task and know nothing by hindsight.",
+            "\n".join(targets(folds, shown, ranks)),
+        ]
+    )
+
+
+def targets(
+    folds: Sequence[Mapping[str, Any]], runs: Runs, ranks: Mapping[str, float]
+) -> list[str]:
+    """What was aimed at, what came out, and whether it was met."""
+    figures = summarise({name: sorted(mine, key=_place) for name, mine in runs.items()})
+    accuracy = paired_difference(runs["policy"], runs["full_best"], lambda run: run.test_metric)
+    share = figures["policy"]["cost_mean"] / figures["full_best"]["cost_mean"]
+    fixed = paired_difference(runs["policy"], runs["fixed"])
+    hindsight = paired_difference(runs["policy"], runs[HINDSIGHT])
+    best = min(ranks, key=lambda name: ranks[name])
+    lines = [
+        _target("accuracy within 1 point of full_best at no more than 15% of its cost",
+                f"{points(accuracy)} at {share:.1%}", accuracy.mean >= -0.01 and share <= 0.15),
+        _target("utility 1 point above fixed, the interval above zero", points(fixed),
+                fixed.mean >= 0.01 and fixed.low > 0),
+        _target("within 1.5 points of the best single level by hindsight", points(hindsight),
+                hindsight.mean >= -0.015),
+        _target("the best mean rank", f"{ranks['policy']:.2f}, the best is {best}'s "
+                f"{ranks[best]:.2f}", best == "policy"),
+        _target("no task more than 5 points below fixed", f"{100 * fixed.worst:+.1f}",
+                fixed.worst >= -0.05),
+    ]  # fmt: skip
+    return [*lines, break_even(folds, runs)]
+
+
+def break_even(folds: Sequence[Mapping[str, Any]], runs: Runs) -> str:
+    """After how many tasks learning the policy has paid for itself, in cost."""
+    learning = statistics.mean(learned["cost"] for fold in folds for learned in fold["learned"])
+    cost = {name: statistics.mean(run.cost for run in mine) for name, mine in runs.items()}
+    said = []
+    for method in ("full", "full_best", "asha", "tpe"):
+        saved = cost[method] - cost["policy"]
+        tasks = f"{learning / saved:.0f} tasks" if saved > 0 else "never"
+        said.append(f"{method} {tasks}")
+    return (
+        f"- Break-even: learning a policy costs {learning:.0f} full stages; it is repaid by lower "
+        f"cost per task against {', '.join(said)}."
+    )
+
+
+def points(difference: PairedDifference) -> str:
+    """In hundredths, with the interval."""
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _target(what: str, found: str, met: bool) -> str:
+    return f"- {what}: {found}: **{'met' if met else 'missed'}**."
+
+
+def _place(run: Run) -> tuple[str, int]:
+    return run.task, run.replica
+
+
+def cost_curves(folds: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Accuracy against cost: full fine-tuning by stages, and the methods as points."""
+
+    def middle(records: Sequence[Mapping[str, Any]], key: str) -> float:
+        return statistics.mean(record[key] for record in records)
+
+    lengths = sorted(folds[0]["baselines"]["curve"], key=int)
+    gathered = [
+        [run for fold in folds for run in fold["baselines"]["curve"][length]] for length in lengths
+    ]
+    pick: Callable[[str], list[float]] = lambda key: [middle(g, key) for g in gathered]  # noqa: E731
+    curves = {"full fine-tuning, 1 to 10 stages": Curve(x=pick("cost"), y=pick("test_metric"))}
+    for method, mine in all_runs(folds).items():
+        if method in ("policy", "policy_search", "fixed", "full_best", "asha", "tpe"):
+            curves[method] = Curve(
+                x=[statistics.mean(run.cost for run in mine)],
+                y=[statistics.mean(run.test_metric or 0.0 for run in mine)],
+            )
+    return curves

@@ -1,0 +1,220 @@
+"""What trials of a sweep learn from each other: episodes kept as actions, rewards weighed anew.
+
+A trial that is done leaves its episodes under its folder, a few numbers each: the plan says which
+task, replica and first level an episode has, and what its stages gave lies in the tree. Whoever
+learns from them walks the process along their actions with reward weights of its own. No Ray.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.algorithms.counterfactuals import counterfactuals
+from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action
+from rlhf_ray.algorithms.handover import Transitions, Turn
+from rlhf_ray.algorithms.settings import AlgorithmSettings
+from rlhf_ray.evaluation.rollouts import Stages, concurrently, play
+from rlhf_ray.policies.observations import Observer
+from rlhf_ray.process import ProcessSpec, State
+from rlhf_ray.storage import Storage
+from rlhf_ray.sweep.results import trial_folder
+
+if TYPE_CHECKING:
+    from rlhf_ray.env import EpisodePlan
+
+EPISODES_FILE = "episodes.json"
+"""Beside a trial's record, where trials share their experience."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayedEpisode:
+    """An episode of a trial; with the sweep's plan, all there is to know of it.
+
+    Attributes:
+        number: of the episode, in every trial's plan.
+        actions: as taken.
+        random: whether all of them were drawn, by what the trials have in common.
+    """
+
+    number: int
+    actions: tuple[int, ...]
+    random: bool
+
+
+def played_episode(
+    settings: AlgorithmSettings, number: int, actions: Sequence[int]
+) -> PlayedEpisode:
+    """An episode that a trial with these settings has played."""
+    random = is_random(settings, number, len(actions))
+    return PlayedEpisode(number=number, actions=tuple(actions), random=random)
+
+
+def is_random(settings: AlgorithmSettings, number: int, n_steps: int) -> bool:
+    """Whether a trial with these settings draws all actions of an episode of so many steps."""
+    epsilon = epsilon_at(
+        number,
+        final=settings.epsilon,
+        n_episodes=settings.n_episodes,
+        decay_fraction=settings.decay_fraction,
+        warm_up=settings.warm_up,
+    )
+    any_mask = np.ones(1, np.int8)  # which actions are open says nothing of whether one is drawn
+    return all(
+        exploring_action(settings.seed, number, t, any_mask, epsilon, by=settings.explore_by)
+        is not None
+        for t in range(n_steps)
+    )
+
+
+# -- on the storage
+
+
+def write_episodes(
+    storage: Storage, sweep: str, trial: str, episodes: Sequence[PlayedEpisode]
+) -> None:
+    """Leaves a trial's episodes to the others."""
+    data = [[episode.number, int(episode.random), *episode.actions] for episode in episodes]
+    text = json.dumps(data, separators=(",", ":")) + "\n"
+    storage.write_bytes(f"{trial_folder(sweep, trial)}/{EPISODES_FILE}", text.encode())
+
+
+def read_episodes(storage: Storage, sweep: str, trial: str) -> list[PlayedEpisode]:
+    """What `write_episodes` wrote; none where a trial has not come so far."""
+    data = storage.read_json(f"{trial_folder(sweep, trial)}/{EPISODES_FILE}")
+    return [
+        PlayedEpisode(number=number, random=bool(random), actions=tuple(actions))
+        for number, random, *actions in (data if isinstance(data, list) else [])
+    ]
+
+
+def episodes_of_others(
+    storage: Storage,
+    sweep: str,
+    trial: str,
+    settings: AlgorithmSettings,
+    plan: "EpisodePlan",
+) -> dict[str, list[PlayedEpisode]]:
+    """By trial, in their order, what the others that are done played and this one may not.
+
+    Left out is what this trial draws alike (common random numbers), and of fine-tunings that went
+    alike all but the first: stages are deterministic, so that they tell the same.
+
+    Args:
+        storage: holds the sweep.
+        sweep: its folder.
+        trial: who asks.
+        settings: its own.
+        plan: of the sweep.
+    """
+    found: dict[str, list[PlayedEpisode]] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for other in storage.folders(trial_folder(sweep, "").rstrip("/")):
+        if other == trial:
+            continue  # it was cut off after it had played
+        for episode in read_episodes(storage, sweep, other):
+            if episode.random and is_random(settings, episode.number, len(episode.actions)):
+                continue
+            went = (*plan.draw(episode.number), episode.actions)
+            if went not in seen:
+                seen.add(went)
+                found.setdefault(other, []).append(episode)
+    return found
+
+
+# -- through the process
+
+
+def learn_from_others(
+    algorithm: Any,
+    episodes: Mapping[str, Sequence[PlayedEpisode]],
+    *,
+    spec: ProcessSpec,
+    observer: Observer,
+    stages: Stages,
+    plan: "EpisodePlan",
+    counterfactual: bool = False,
+) -> dict[str, int]:
+    """Gives an algorithm others' episodes to learn from, and says how many.
+
+    Args:
+        algorithm: a `HandoverAlgorithm` that has not begun.
+        episodes: by trial, as `episodes_of_others` gives them.
+        spec: see `rebuilt`.
+        observer: likewise.
+        stages: likewise.
+        plan: likewise.
+        counterfactual: also give it what the episodes imply.
+
+    Returns:
+        "trials" and "episodes" learned from, and "steps" in them.
+    """
+    chosen = [episode for played in episodes.values() for episode in played]
+    found = rebuilt(spec, observer, stages, plan, chosen)
+    implied = [part for one in found for part in one.implied] if counterfactual else []
+    algorithm.remember([one.turns for one in found], implied)
+    n_steps = sum(len(episode.actions) for episode in chosen)
+    return {"trials": len(episodes), "episodes": len(chosen), "steps": n_steps}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """An episode of another trial under one's own rewards: its turns, and what each implies."""
+
+    turns: list[Turn]
+    implied: list[Transitions]
+
+
+def rebuilt(
+    spec: ProcessSpec,
+    observer: Observer,
+    stages: Stages,
+    plan: "EpisodePlan",
+    episodes: Sequence[PlayedEpisode],
+) -> list[Rebuilt]:
+    """Episodes as a trial would have had them that has this process.
+
+    Args:
+        spec: the process, with the trial's own reward weights.
+        observer: what policies see.
+        stages: answers; all that is asked has been asked before.
+        plan: of the sweep.
+        episodes: of any trials.
+    """
+    return concurrently(lambda one: _rebuild(spec, observer, stages, plan, one), episodes)
+
+
+def _rebuild(
+    spec: ProcessSpec,
+    observer: Observer,
+    stages: Stages,
+    plan: "EpisodePlan",
+    episode: PlayedEpisode,
+) -> Rebuilt:
+    observed: list[Mapping[str, NDArray[Any]]] = []
+    states: list[State] = []
+
+    def decide(state: State, mask_A: NDArray[np.int8]) -> int:
+        states.append(state)
+        observed.append({"features": observer.observe(spec, state), "action_mask": mask_A})
+        return episode.actions[len(observed) - 1]
+
+    task, replica, level = plan.draw(episode.number)
+    end = play(spec, decide, stages, task, replica, level=level)
+    played = list(zip(end.steps, episode.actions, strict=True))
+    after = [*states[1:], end.state]
+    return Rebuilt(
+        turns=[
+            Turn(level=step.level, observation=dict(saw), action=action, reward=step.reward)
+            for (step, action), saw in zip(played, observed, strict=True)
+        ],
+        implied=[
+            counterfactuals(
+                spec, observer, state, action, following.outcome if step.levels else None
+            )
+            for (step, action), state, following in zip(played, states, after, strict=True)
+        ],
+    )
