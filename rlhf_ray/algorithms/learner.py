@@ -31,9 +31,12 @@ class HandoverLearner(TorchLearner):
         return self.module.networks
 
     def configure_optimizers(self) -> None:
-        """One Adam: a shared encoder must not be stepped once per level."""
+        """One AdamW: a shared encoder must not be stepped once per level."""
         parameters = list(self.networks.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=self.config.settings.learning_rate, fused=True)
+        settings: AlgorithmSettings = self.config.settings
+        optimizer = torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
         self.register_optimizer(
             module_id=ALL_MODULES, optimizer=optimizer, params=parameters, lr_or_lr_schedule=None
         )

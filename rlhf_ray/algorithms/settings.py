@@ -29,6 +29,7 @@ class AlgorithmSettings:
             while they are played. None: the algorithm's own (`completed`).
         learning_rate: Adam's at the start, > 0; it falls linearly to a tenth over the trial. None:
             the algorithm's own.
+        weight_decay: of the networks, decoupled (Loshchilov and Hutter 2019), >= 0; "dqn" only.
         batch_size: transitions per update, >= 1.
         updates_per_step: updates per step of the environment, > 0.
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].
@@ -58,6 +59,7 @@ class AlgorithmSettings:
     persistence: float = 0.0
     episodes_per_iteration: int | None = None
     learning_rate: float | None = None
+    weight_decay: float = 0.0
     batch_size: int = 64
     updates_per_step: float = 3.0
     tau: float = 0.02
@@ -90,6 +92,7 @@ class AlgorithmSettings:
             _check(name, getattr(self, name), 0.0 < getattr(self, name) <= 1.0, "in (0, 1]")
         held = not (self.stock and self.controller == "single")
         _check("stock", self.stock, held, "False for a single controller, which has no other turns")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
         _check("num_env_runners", self.num_env_runners, self.num_env_runners >= 0, ">= 0")
         # a plain dict: RLlib copies and pickles its configuration
         object.__setattr__(self, "overrides", dict(self.overrides))
