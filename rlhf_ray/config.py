@@ -121,7 +121,7 @@ class SearchConfig:
     algorithm: str = "dqn"
     controller: Literal["levels", "single"] = "levels"
     alpha: float = 0.1
-    episodes: int = 128
+    episodes: int = 96
     warm_up: float = 0.85
     decay_fraction: float = 0.85
     explore_by: Literal["episode", "step"] = "episode"
