@@ -87,7 +87,7 @@ class Cell:
         best = max(range(len(records)), key=lambda i: records[i]["judged"]["utility"])
         tally = Tally.total(Tally.from_json(record["stages"]) for record in records)
         store = TreeStore(context.storage)
-        outcomes = [store.peek(key) for key in sorted(tally.keys)]
+        outcomes = [store.get(key) for key in sorted(tally.keys)]
         return Learned(
             policy=read_policy(context.storage, f"{folders[best]}/policy"),
             context=context,
