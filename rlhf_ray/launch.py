@@ -256,6 +256,7 @@ def _show_result(
 ) -> None:
     from rlhf_ray.commands.tables import (
         comparison,
+        differences_table,
         front_table,
         methods_table,
         stages_account,
@@ -280,6 +281,9 @@ def _show_result(
     if methods:
         terminal.show("")
         terminal.show(methods_table(result.methods(), metric=metric, unit=unit))
+        if "policy_minus" in result.summary:
+            terminal.show("")
+            terminal.show(differences_table(result.summary["policy_minus"]))
         terminal.show("")
         better = bool(about["higher_is_better"])
         terminal.say(comparison(methods, metric=metric, higher_is_better=better))

@@ -90,6 +90,20 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
     return shown
 
 
+def differences_table(differences: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """How far the policy's utility is above each method's on the test tasks, in points."""
+    headers = ("policy minus", "points", "from", "to", "worst task")
+    shown = _table("Utility against each method", headers, left=1)
+    for method, found in differences.items():
+        cells = (found[name] for name in ("mean", "low", "high", "worst"))
+        shown.add_row(
+            shortened(method, 26),
+            *("-" if value is None else f"{100 * value:+.1f}" for value in cells),
+        )
+    shown.caption = "hundredths, paired by task and seed; 95% interval over tasks"
+    return shown
+
+
 def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
     """The sweeps under a storage path."""
     shown = _table("Sweeps", ("name", "suite", "state", "trials", "utility"), left=3)

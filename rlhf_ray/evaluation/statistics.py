@@ -1,7 +1,8 @@
 """Methods beside each other: means, spreads and ranks over runs. No Ray, plain arithmetic."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,26 @@ def paired_difference(
         n_tasks=n,
         worst=float(differences.min()),
     )
+
+
+def against(runs: RunsByMethod, method: str) -> dict[str, dict[str, float | None]]:
+    """One method's paired differences of utility to each other, as plain data.
+
+    Args:
+        runs: method -> its runs, with test figures.
+        method: whose utility is above the other's where a difference is positive.
+
+    Returns:
+        Other method -> the fields of `PairedDifference`; None: no interval, with one task.
+    """
+    return {
+        other: {
+            name: value if math.isfinite(value) else None
+            for name, value in asdict(paired_difference(runs[method], theirs)).items()
+        }
+        for other, theirs in runs.items()
+        if other != method
+    }
 
 
 def _spread(runs: Sequence[Run]) -> float:

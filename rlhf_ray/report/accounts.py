@@ -11,10 +11,22 @@ from rlhf_ray.config import SWEPT
 from rlhf_ray.report.trials import path_of
 
 
-def methods(summary: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """The policy and the baselines on the test tasks, best utility first."""
+def methods(
+    summary: Mapping[str, Mapping[str, float]],
+    policy_minus: Mapping[str, Mapping[str, float | None]],
+) -> list[dict[str, Any]]:
+    """The policy and the baselines on the test tasks, best utility first.
+
+    Args:
+        summary: method -> figures.
+        policy_minus: method -> the policy's paired difference to it; then every record has `minus`,
+            None for the policy's own.
+    """
     ordered = sorted(summary.items(), key=lambda item: -item[1]["utility_mean"])
-    return [{"name": name, **figures} for name, figures in ordered]
+    return [
+        {"name": name, **figures, **({"minus": policy_minus.get(name)} if policy_minus else {})}
+        for name, figures in ordered
+    ]
 
 
 def val_marks(baselines: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ class Gatherer:
             },
             "trials": trials,
             "best": best,
-            "methods": accounts.methods(methods),
+            "methods": accounts.methods(methods, summary.get("policy_minus", {})),
             "comparison": comparison(methods, metric=metric, higher_is_better=higher)
             if methods else None,
             "val_marks": accounts.val_marks(baselines),

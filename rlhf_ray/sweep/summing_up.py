@@ -4,7 +4,7 @@ from typing import Any
 
 from rlhf_ray.evaluation.judging import judge
 from rlhf_ray.evaluation.running import run_baselines
-from rlhf_ray.evaluation.statistics import rows, summarise
+from rlhf_ray.evaluation.statistics import against, rows, summarise
 from rlhf_ray.policies.finetuning import METHOD
 from rlhf_ray.progress import Progress
 from rlhf_ray.sweep.results import BASELINES_FILE, BEST_POLICY, SearchResult, write_policy
@@ -93,6 +93,7 @@ def sum_up(
         "best": {"trial": best["name"], **best["values"], **best["judged"]},
         "utility": {"tuning_cost": config.utility_cost, "switch_cost": config.utility_switch},
         "methods": summarise(by_method),
+        "policy_minus": against(by_method, METHOD),
         "rows": rows(by_method),
         "baseline_settings": baselines.settings,
     }

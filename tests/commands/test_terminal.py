@@ -149,6 +149,8 @@ def test_tables_fit_80_columns_with_hostile_names(tmp_path):
             terminal.show(tables.trials_table(frame, "000-abcdef", metric=metric))
             terminal.show(tables.front_table(frame, metric=metric, unit="seconds"))
             terminal.show(tables.methods_table(methods, metric=metric, unit="seconds"))
+            differences = {HOSTILE: {"mean": 0.1234, "low": None, "high": 9.9, "worst": -1.0}}
+            terminal.show(tables.differences_table(differences))
             start = {"start_metric": 0.1, "cost": 200.0, "unit": "full stages"}
             terminal.show(tables.trace_table(trace, metric=metric, **start))
         terminal.show(tables.sweeps_table(sweeps))

@@ -112,6 +112,12 @@ def test_summary_keeps_its_contract(finished: Finished) -> None:
         "metric_mean", "metric_sd", "cost_mean", "switches_mean", "utility_mean", "rank_mean",
     }  # fmt: skip
     assert all(figures <= set(found) for found in summary["methods"].values())
+    minus = summary["policy_minus"]
+    assert set(minus) == set(summary["methods"]) - {"policy"}
+    for method, difference in minus.items():
+        own, other = (summary["methods"][name]["utility_mean"] for name in ("policy", method))
+        assert difference["mean"] == pytest.approx(own - other)
+        assert difference["n_tasks"] == 1 and difference["low"] is None  # one task: no interval
     rows = {(row["method"], row["task"], row["seed"]) for row in summary["rows"]}
     assert rows == {(m, "test-0", r) for m in summary["methods"] for r in range(2)}
     assert {"methods", "sweep.json", "lock.json"} & {p.name for p in folder.iterdir()} == {
