@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lines import Lines
 
 HERE = Path(__file__).parent
 
@@ -53,25 +54,6 @@ def test_lost_head_ends_the_driver_and_the_same_call_goes_on(tmp_path: Path) -> 
 
 
 # -- the scenarios; what they import must not slow the collection of tests down
-
-
-class Lines:
-    """Progress that keeps the messages."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-    def phase(self, name: str, total: int | None = None) -> None:
-        return
-
-    def update(self, done: int | None = None, **counters: float) -> None:
-        return
-
-    def said(self, text: str) -> bool:
-        return any(text in line for line in self.lines)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 150.0, about: Any = "") -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine, ran, request
+from lines import Lines
 from sweep_files import small_suite
 
 from rlhf_ray.config import SearchConfig
@@ -20,22 +21,6 @@ from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.store import TreeStore
 
 SECRET = "wJalrXUtnFEMI-secret"
-
-
-class Lines:
-    """Progress that keeps the messages."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-    def phase(self, name: str, total: int | None = None) -> None:
-        return
-
-    def update(self, done: int | None = None, **counters: float) -> None:
-        return
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ class HandoverLearner(TorchLearner):
         """One AdamW: a shared encoder must not be stepped once per level."""
         parameters = list(self.networks.parameters())
         settings: AlgorithmSettings = self.config.settings
+        assert settings.learning_rate is not None  # build_algorithm completed them
         optimizer = torch.optim.AdamW(
             parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from lines import Lines
 from sweep_files import small_suite
 from torch import nn
 
@@ -318,22 +319,6 @@ def regression_suite() -> Suite:
         val_tasks=[task("c", 0.5)],
         test_tasks=[task("d", 2.0)],
     )
-
-
-class Lines:
-    """Progress that keeps the messages."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-    def phase(self, name: str, total: int | None = None) -> None:
-        return
-
-    def update(self, done: int | None = None, **counters: float) -> None:
-        return
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lines import Lines
 from ray import tune
 from ray.tune.callback import CallbackList
 from ray.tune.logger import LoggerCallback
@@ -53,20 +54,6 @@ class Tracker(LoggerCallback):
 
     def on_experiment_end(self, trials: Any, **info: object) -> None:
         self._log("end")
-
-
-class Lines:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-    def phase(self, name: str, total: int | None = None) -> None:
-        return
-
-    def update(self, done: int | None = None, **counters: float) -> None:
-        return
 
 
 @pytest.fixture

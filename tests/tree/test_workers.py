@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from fake_engine import IDENTITY, FakeEngine, ran, request
+from lines import Lines
 
 from rlhf_ray.errors import InputError, StageError
 from rlhf_ray.outcomes import StageRequest
@@ -256,22 +257,6 @@ def test_workers_lost_for_good_are_replaced_as_often_as_agreed(
     with pytest.raises(StageError, match=r"a worker must be left to run stages, got none"):
         handle.stages.outcome(request(1))
     assert "0 of them will be replaced" in progress.lines[-1]
-
-
-class Lines:
-    """Progress that keeps the messages."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.lines.append(text)
-
-    def phase(self, name: str, total: int | None = None) -> None:
-        return
-
-    def update(self, done: int | None = None, **counters: float) -> None:
-        return
 
 
 def test_stage_that_loses_its_worker_each_time_is_given_up(start: Start, tmp_path: Path) -> None:
