@@ -92,15 +92,15 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
 
 def differences_table(differences: Mapping[str, Mapping[str, float | None]]) -> Table:
     """How far the policy's utility is above each method's on the test tasks, in points."""
-    headers = ("policy minus", "points", "from", "to", "worst task")
-    shown = _table("Utility against each method", headers, left=1)
+    headers = ("method", "points", "from", "to", "worst")
+    shown = _table("Utility: the policy minus each method", headers, left=1)
     for method, found in differences.items():
         cells = (found[name] for name in ("mean", "low", "high", "worst"))
         shown.add_row(
             shortened(method, 26),
             *("-" if value is None else f"{100 * value:+.1f}" for value in cells),
         )
-    shown.caption = "hundredths, paired by task and seed; 95% interval over tasks"
+    shown.caption = "hundredths; 95% interval over tasks;\nworst: on a single task"
     return shown
 
 
