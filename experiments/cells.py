@@ -84,6 +84,9 @@ class Cell:
         run_trials(context, ground.trials, self.handle, max_minutes=None, progress=NO_PROGRESS)
         folders = [trial_folder(ground.name, trial.name) for trial in ground.trials]
         records: Any = [context.storage.read_json(f"{folder}/trial.json") for folder in folders]
+        errors = [record["error"] for record in records if record["status"] != "done"]
+        if errors:
+            raise SystemExit(f"trials of {ground.name} failed: {errors}")
         best = max(range(len(records)), key=lambda i: records[i]["judged"]["utility"])
         tally = Tally.total(Tally.from_json(record["stages"]) for record in records)
         store = TreeStore(context.storage)

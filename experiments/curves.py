@@ -10,12 +10,10 @@ COLOURS = ("#8a8f98", "#2563eb", "#7c3aed", "#c2570c", "#15803d", "#b91c1c", "#0
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line; a single point is a mark. `low` and `high`: bars, of the same length."""
+    """A line; a single point is a mark."""
 
     x: Sequence[float]
     y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
 
 
 def drawn(panels: Mapping[str, Mapping[str, Curve]], x_title: str, y_title: str) -> str:
@@ -35,7 +33,7 @@ def drawn(panels: Mapping[str, Mapping[str, Curve]], x_title: str, y_title: str)
 
 def _panel(title: str, curves: Mapping[str, Curve], x_title: str, y_title: str) -> str:
     xs = [x for curve in curves.values() for x in curve.x]
-    ys = [y for c in curves.values() for y in (*c.y, *c.low, *c.high)]
+    ys = [y for curve in curves.values() for y in curve.y]
     left, right = min(0.0, *xs), max(xs) or 1.0
     pad = 0.08 * (max(ys) - min(ys)) or 0.05
     bottom, top = min(ys) - pad, max(ys) + pad
@@ -66,9 +64,6 @@ def _panel(title: str, curves: Mapping[str, Curve], x_title: str, y_title: str) 
         line = "L".join(f"{x} {y}" for x, y in spots)
         parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>' for x, y in spots]
-        for x, low, high in zip(curve.x, curve.low, curve.high, strict=bool(curve.low)):
-            (across, first), (_, last) = at(x, low), at(x, high)
-            parts.append(f'<path d="M{across} {first}V{last}" stroke="{colour}"/>')
         down = HEIGHT + 16 * i
         parts.append(f'<circle cx="{MARGIN}" cy="{down - 4}" r="4" fill="{colour}"/>')
         parts.append(_text(MARGIN + 12, down, name, "start"))

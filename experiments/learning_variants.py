@@ -12,7 +12,7 @@ writes learning_variants.md.
 import argparse
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cells import Cell, as_json, cell, kept, markdown
 from scipy import stats
 
 import rlhf_ray as rr
-from rlhf_ray.evaluation.judging import Run, mean
+from rlhf_ray.evaluation.judging import Run, known, mean
 from rlhf_ray.evaluation.statistics import paired_difference
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import FEATURE_GROUPS
@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nothing implied by stages": {"counterfactuals": False},
     "random actions not repeated": {"persistence": 0.0},
     "greedy a quarter of the time": {"warm_up": 0.75, "decay_fraction": 0.75},
-    "what other trials played, too": {"share_experience": True},
+    "what other trials played, too": {"share_experience": True, "concurrent_trials": 1},
 }
 WEIGHTS: dict[str, dict[str, Any]] = {
     **{
@@ -91,10 +91,10 @@ def table(found: Mapping[str, list[Run]]) -> str:
 
 def figures(runs: Sequence[Run]) -> tuple[str, str, str, str]:
     return (
-        f"{mean([run.test_metric or 0.0 for run in runs]):.4f}",
+        f"{mean([known(run.test_metric) for run in runs]):.4f}",
         f"{mean([run.cost for run in runs]):.3f}",
         f"{mean([run.switches for run in runs]):.2f}",
-        f"{mean([run.utility or 0.0 for run in runs]):.4f}",
+        f"{mean([known(run.utility) for run in runs]):.4f}",
     )
 
 
@@ -111,7 +111,7 @@ def weights_table(found: Mapping[str, list[Run]]) -> str:
     return markdown(rows)
 
 
-def over_seeds(runs: Sequence[Run], figure: Any) -> str:
+def over_seeds(runs: Sequence[Run], figure: Callable[[Run], float]) -> str:
     """Mean with Student's 95% interval over seeds."""
     seeds = sorted({run.replica for run in runs})
     means = [mean([figure(run) for run in runs if run.replica == seed]) for seed in seeds]

@@ -82,14 +82,14 @@ def run(suite: rr.Suite, config: rr.SearchConfig, n_trials: int | None = None) -
 
 
 def row(name: str, found: Measured, off: Measured) -> tuple[str, ...]:
-    """A row of the table; of a sweep that was run in part, scaled to the whole."""
+    """A row of the table; of a sweep run in part scaled to the whole, but for distinct stages."""
     tally, scale = found.tally, N_TRIALS / found.n_trials
     spent_s, off_s = scale * tally.spent_s, N_TRIALS / off.n_trials * off.tally.spent_s
     ratio = f"{off_s / spent_s:.1f}x less" if spent_s else "nothing carried out"
     return (
         name if scale == 1 else f"{name} ({found.n_trials} trials, scaled)",
         f"{scale * tally.logical:,.0f}",
-        f"{scale * tally.distinct:,.0f}",
+        f"{tally.distinct:,}" if scale == 1 else "-",  # trials have stages in common
         f"{scale * tally.executed:,.0f}",
         f"{tally.executed / tally.logical:.1%}",
         f"{spent_s:.1f}",

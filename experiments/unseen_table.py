@@ -2,14 +2,14 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cells import markdown
 from curves import Curve, drawn
 
-from rlhf_ray.evaluation.judging import Run
+from rlhf_ray.evaluation.judging import Run, known
 from rlhf_ray.evaluation.statistics import PairedDifference, paired_difference, summarise
 
 HINDSIGHT = "best_single_level"
@@ -35,6 +35,8 @@ def report(storage_path: str, suites: Sequence[str], seeds: int, made_by: str) -
         if folds:
             parts.append(suite_section(suite, folds))
             curves[suite] = cost_curves(folds)
+    if not parts:  # nothing is overwritten by nothing
+        raise SystemExit(f"no fold of {suites} is complete under {storage_path!r}")
     text = "\n\n".join([*parts, made_by]) + "\n"
     (HERE / "unseen_shifts.md").write_text(text)
     figure = HERE / "figures" / "unseen_shifts.svg"
@@ -76,13 +78,13 @@ def all_runs(folds: Sequence[Mapping[str, Any]]) -> Runs:
     return runs
 
 
-def with_hindsight(runs: Runs) -> list[Run]:
+def by_hindsight(runs: Runs) -> list[Run]:
     """The best single level per task and seed."""
     singles = [mine for method, mine in runs.items() if method.startswith("level:")]
     best: dict[tuple[str, int], Run] = {}
     for run in (run for mine in singles for run in mine):
         place = (run.task, run.replica)
-        if place not in best or (run.utility or 0) > (best[place].utility or 0):
+        if place not in best or known(run.utility) > known(best[place].utility):
             best[place] = run
     return list(best.values())
 
@@ -92,8 +94,8 @@ def suite_section(suite: str, folds: Sequence[Mapping[str, Any]]) -> str:
     runs = all_runs(folds)
     without_search = {name: mine for name, mine in runs.items() if name not in SEARCHING}
     ranks = {name: f["rank_mean"] for name, f in summarise(without_search).items()}
-    shown = {**runs, HINDSIGHT: with_hindsight(runs)}
-    figures = summarise({name: sorted(mine, key=_place) for name, mine in shown.items()})
+    shown = {**runs, HINDSIGHT: by_hindsight(runs)}
+    figures = summarise(shown)
     rows: list[Sequence[str]] = [COLUMNS]
     for method in sorted(figures, key=lambda name: -figures[name]["utility_mean"]):
         row, difference = figures[method], paired_difference(shown["policy"], shown[method])
@@ -118,16 +120,18 @@ def suite_section(suite: str, folds: Sequence[Mapping[str, Any]]) -> str:
             "Differences in points of utility with their 95% interval over tasks; the worst task "
             "is the policy's against the method. Ranks are among those that search nothing on the "
             "new task and know nothing by hindsight.",
-            "\n".join(targets(folds, shown, ranks)),
+            "\n".join(targets(folds, shown, figures, ranks)),
         ]
     )
 
 
 def targets(
-    folds: Sequence[Mapping[str, Any]], runs: Runs, ranks: Mapping[str, float]
+    folds: Sequence[Mapping[str, Any]],
+    runs: Runs,
+    figures: Mapping[str, Mapping[str, float]],
+    ranks: Mapping[str, float],
 ) -> list[str]:
     """What was aimed at, what came out, and whether it was met."""
-    figures = summarise({name: sorted(mine, key=_place) for name, mine in runs.items()})
     accuracy = paired_difference(runs["policy"], runs["full_best"], lambda run: run.test_metric)
     share = figures["policy"]["cost_mean"] / figures["full_best"]["cost_mean"]
     fixed = paired_difference(runs["policy"], runs["fixed"])
@@ -173,26 +177,22 @@ def _target(what: str, found: str, met: bool) -> str:
     return f"- {what}: {found}: **{'met' if met else 'missed'}**."
 
 
-def _place(run: Run) -> tuple[str, int]:
-    return run.task, run.replica
-
-
 def cost_curves(folds: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """Accuracy against cost: full fine-tuning by stages, and the methods as points."""
-
-    def middle(records: Sequence[Mapping[str, Any]], key: str) -> float:
-        return statistics.mean(record[key] for record in records)
-
     lengths = sorted(folds[0]["baselines"]["curve"], key=int)
-    gathered = [
-        [run for fold in folds for run in fold["baselines"]["curve"][length]] for length in lengths
-    ]
-    pick: Callable[[str], list[float]] = lambda key: [middle(g, key) for g in gathered]  # noqa: E731
-    curves = {"full fine-tuning, 1 to 10 stages": Curve(x=pick("cost"), y=pick("test_metric"))}
+
+    def means(key: str) -> list[float]:
+        return [
+            statistics.mean(run[key] for fold in folds for run in fold["baselines"]["curve"][n])
+            for n in lengths
+        ]
+
+    name = f"full fine-tuning, 1 to {lengths[-1]} stages"
+    curves = {name: Curve(x=means("cost"), y=means("test_metric"))}
     for method, mine in all_runs(folds).items():
         if method in ("policy", "policy_search", "fixed", "full_best", "asha", "tpe"):
             curves[method] = Curve(
                 x=[statistics.mean(run.cost for run in mine)],
-                y=[statistics.mean(run.test_metric or 0.0 for run in mine)],
+                y=[statistics.mean(known(run.test_metric) for run in mine)],
             )
     return curves

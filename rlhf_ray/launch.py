@@ -178,7 +178,7 @@ def _dry_run(options: SuiteOptions, config: SearchConfig, terminal: Terminal) ->
     highest, distinct = planned.n_stages_estimate
     needed_s = planned.seconds_estimate
     terminal.message(
-        f"At most {number(highest)} stages, about {number(distinct)} of them distinct; "
+        f"At most {number(highest)} stages to learn, about {number(distinct)} of them distinct; "
         + ("time not measured." if needed_s is None else f"about {duration(needed_s)} for them.")
     )
     for trial in planned.trials:

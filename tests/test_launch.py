@@ -344,7 +344,7 @@ def test_list_of_nothing_writes_nothing(tmp_path, capsys):
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, sweep, capsys):
     assert run_main(sweep, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "At most 3,840 stages, about 400 of them distinct; about 1 min 15 s" in out
+    assert "At most 3,840 stages to learn, about 400 of them distinct; about 1 min 15 s" in out
     assert "  gamma 0.99" in out
     assert (sweep.n_searches, list(tmp_path.iterdir())) == (0, [])
     assert run_main(sweep, "--dry-run", "--json") == 0

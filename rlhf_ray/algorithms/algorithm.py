@@ -72,13 +72,13 @@ class HandoverAlgorithm(Algorithm):
     def remember(
         self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()
     ) -> None:
-        """Takes in complete episodes that others played, with this trial's rewards, to replay them.
+        """Takes in complete episodes, its own or others', with this trial's rewards, for replay.
 
         What they imply (`rlhf_ray.algorithms.counterfactuals`) is for algorithms that replay
         transitions; others leave it.
 
-        They are no episodes of the trial, and no updates are made: on problems with a known optimum
-        (`rlhf_ray.testing`) a warm-up of as many as its own episodes get changed nothing.
+        Nothing is counted, and no updates are made: on others' episodes, ahead of a trial's first,
+        they changed nothing on problems with a known optimum (experiments/LOG.md).
 
         Raises:
             InputError: it learns from what its own policy played alone.

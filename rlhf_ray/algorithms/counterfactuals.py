@@ -43,7 +43,7 @@ def counterfactuals(
     """The transitions that a step implies, its own left out.
 
     Args:
-        spec: the process; rewards are weighed by its settings.
+        spec: the process, of two levels at least; rewards are weighed by its settings.
         observer: what policies see.
         state: the step was taken in, of any level.
         action: that was taken.

@@ -37,7 +37,7 @@ class Splits:
     Args:
         place: brings inputs to the device, as the values at boundary 0.
         val_size: val examples that decisions use.
-        max_bytes: bound on what is kept besides the splits of the task at work.
+        max_bytes: bound on what is kept; the splits of the task at work always are.
     """
 
     def __init__(self, place: Callable[[Inputs], Values], *, val_size: int, max_bytes: int) -> None:

@@ -235,7 +235,7 @@ def concurrently(
     threads: int = THREADS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[S]:
-    """A function's results in the items' order; one thread runs in the caller's own."""
+    """A function's results in the items' order; `threads=1`: in the caller's own thread."""
     done: list[None] = []
 
     def run(item: T) -> S:

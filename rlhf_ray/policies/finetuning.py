@@ -136,7 +136,8 @@ def finetune(
     if search_stages:
         episode = guided(policy, spec, observer, stages, search_stages)(task.name, replica)
         on_the_way = sum(step.tuning_cost for step in episode.steps)
-        search_cost = episode.state.cost - spec.cost(episode.state.start) - on_the_way
+        # rounded: sums of the same terms in another order are not quite equal
+        search_cost = round(episode.state.cost - spec.cost(episode.state.start) - on_the_way, 9)
     else:
         state, steps = roll_out(
             spec, observer, policy.act, stages, task.name, replica, on_step=on_step

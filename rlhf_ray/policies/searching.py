@@ -134,7 +134,11 @@ def best_first(
         node = follow(node, decided)
     best, own = node, tried.n_stages
     while tried.n_stages < own + n_stages and (promising := frontier.pop()) is not None:
-        node = follow(*promising)
+        node, action = promising
+        # the budget bounds all that is tried together, not each path by itself
+        if not action_mask(spec, replace(node.state, cost=tried.cost))[action]:
+            continue
+        node = follow(node, action)
         if spec.score(node.state.best) > spec.score(best.state.best):
             best = node
         if not node.state.terminated:

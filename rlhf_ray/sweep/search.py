@@ -120,7 +120,8 @@ class SearchPlan:
         directory: the sweep's folder.
         state: "new", or of the sweep that is there: "running", "interrupted", "failed", "finished".
         trials: the swept settings of each.
-        n_stages_estimate: stages asked for at most, and how many distinct ones that may be.
+        n_stages_estimate: stages that training asks for at most, and how many distinct ones that
+            may be.
         seconds_estimate: of the distinct stages on this machine's cores; None: not measured.
     """
 

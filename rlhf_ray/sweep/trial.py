@@ -111,7 +111,7 @@ class HandoverTrial(tune.Trainable):
                 "observer": context.observer,
                 "plan": context.plan,
                 "stages": stages,
-                "counterfactuals": _counterfactual(context.config),
+                "counterfactuals": _counterfactual(context),
             },
             levels=self._spec.levels,
             n_features=len(context.observer.names(self._spec)),
@@ -161,7 +161,7 @@ class HandoverTrial(tune.Trainable):
             observer=context.observer,
             stages=self._stages.within("experience", asked),
             plan=context.plan,
-            counterfactual=_counterfactual(context.config),
+            counterfactual=_counterfactual(context),
         )
         # others have asked for these stages; what was lost since and ran again is this trial's
         self._tally.merge(
@@ -244,9 +244,11 @@ class HandoverTrial(tune.Trainable):
         )
 
 
-def _counterfactual(config: SearchConfig) -> bool:
+def _counterfactual(context: TrialContext) -> bool:
     """Whether trials learn from what stages imply: only `dqn` replays single transitions."""
-    return config.counterfactuals and config.algorithm == "dqn"
+    config = context.config
+    # a single level has nobody to hand over to, and its `stop` implies nothing at all
+    return config.counterfactuals and config.algorithm == "dqn" and context.spec.n_levels > 1
 
 
 def failed_record(name: str, values: Mapping[str, float], error: str) -> dict[str, Any]:

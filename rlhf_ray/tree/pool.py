@@ -4,6 +4,7 @@ What a worker or the tree's actor is, and how Ray starts them, stands in `worker
 """
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ HowMany = Callable[[Nodes], int]
 FIRST_WORD_S, WORD_EVERY_S = 15.0, 30.0
 """When it is first said what a missing worker waits for, and how often again."""
 
+CROWDED_OUT_S = 15.0
+"""How long no worker may be up before one is started that reserves no CPUs."""
+
 dumps: Callable[[object], bytes] = cloudpickle.dumps  # pyright: ignore[reportPrivateImportUsage]
 """Pickles what actors are handed that may restart."""
 
@@ -46,8 +50,10 @@ class StagesHandle:
 
     A thread looks at the cluster every `poll_s`: workers are started when nodes have joined;
     those beyond what a smaller cluster has room for are dismissed (but none that runs a stage);
-    those that are lost for good are replaced, `max_replaced` times in all. A tree's actor that was
-    started anew is handed the workers again. Whatever changes is said through `progress`.
+    those that are lost for good are replaced, `max_replaced` times in all. Where trials have taken
+    the CPUs that were left, so that none of them is up and they wait for its stages for ever, one
+    is started that reserves no CPUs. A tree's actor that was started anew is handed the workers
+    again. Whatever changes is said through `progress`.
 
     Attributes:
         stages: the client, for trials and the driver alike.
@@ -55,7 +61,7 @@ class StagesHandle:
 
     def __init__(
         self,
-        make_worker: Callable[[], Any],
+        make_worker: Callable[..., Any],
         how_many: HowMany,
         *,
         needs: str,
@@ -77,6 +83,7 @@ class StagesHandle:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._short_since: float | None = None
+        self._none_since: float | None = None
         self._next_word_s = FIRST_WORD_S
         self.stages: RayStages
 
@@ -136,9 +143,9 @@ class StagesHandle:
         self._thread = threading.Thread(target=self._follow, daemon=True, name="rlhf_ray_workers")
         self._thread.start()
 
-    def _start(self, n: int) -> list[int]:
+    def _start(self, n: int, **options: float) -> list[int]:
         numbers = list(itertools.islice(self._numbers, n))
-        self._workers |= {number: self._make_worker() for number in numbers}
+        self._workers |= {number: self._make_worker(**options) for number in numbers}
         return numbers
 
     def _hand_in(self, numbers: Sequence[int]) -> None:
@@ -150,8 +157,9 @@ class StagesHandle:
         while not self._ended.wait(self._poll_s):
             try:
                 known = {worker["number"]: worker for worker in self.stats()["workers"]}
-                if known:  # not by an actor that has just been started anew
-                    self._ledger = ray.get(self._tree.record.remote(), timeout=STATS_TIMEOUT_S)
+                found: Ledger = ray.get(self._tree.record.remote(), timeout=STATS_TIMEOUT_S)
+                if found.answered >= self._ledger.answered:  # less: it was started anew
+                    self._ledger = found
                 self._adjust(known, self._how_many(node_resources()))
             except ActorDiedError:
                 return  # for good: askers are told so
@@ -181,6 +189,7 @@ class StagesHandle:
             spare = [*absent, *(n for n, state in states.items() if state == "idle")]
             self._dismiss(spare[:-missing])
         self._watch_short(sum(number in self._workers for number in absent), wanted)
+        self._watch_crowded(none_up=bool(self._workers) and set(absent) >= set(self._workers))
 
     def _drop_lost(self, known: dict[int, dict[str, Any]]) -> int:
         """Forgets the workers that are lost for good; returns how many may be replaced."""
@@ -222,6 +231,18 @@ class StagesHandle:
         self._say_what_for(
             now - self._short_since, f"{n_absent} of {wanted} workers are not up: each needs"
         )
+
+    def _watch_crowded(self, *, none_up: bool) -> None:
+        """Starts a worker without CPUs, once, when none has been up for long."""
+        if not none_up:
+            self._none_since = None
+            return
+        now = time.monotonic()
+        self._none_since = self._none_since or now
+        if now - self._none_since >= CROWDED_OUT_S:
+            self._none_since = math.inf  # until one has been up
+            self._progress.message("no worker has room beside the trials: one will reserve no CPUs")
+            self._hand_in(self._start(1, num_cpus=0.0))
 
     def _say_what_for(self, waited_s: float, who: str) -> None:
         if waited_s < self._next_word_s:

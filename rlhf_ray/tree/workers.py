@@ -84,8 +84,8 @@ def start_workers(
     )(StageWorker)
     threads = threads_per_worker or max(1, int(cpus_per_worker))
 
-    def make_worker() -> Any:
-        return worker_class.remote(
+    def make_worker(**options: float) -> Any:
+        return worker_class.options(**options).remote(
             engine, location, mark, threads=threads, share=share, memory_bytes=memory_bytes
         )
 

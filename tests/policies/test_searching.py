@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from synthetic import SyntheticStages, spec_of
+from synthetic import SyntheticStages, price, spec_of
 
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Utility, compare, judge
@@ -47,6 +47,15 @@ def test_guided_search_is_a_method_like_others():
         # a stage costs 0.6 on one level, 1.1 on both; and takes 2 seconds
         assert 8 * 0.6 <= many.cost - own.cost + 1e-9 <= 8 * 1.1 + 1e-9
         assert many.time_s - own.time_s == pytest.approx(16.0)
+
+
+def test_the_budget_bounds_all_that_a_guided_search_tries():
+    spec = replace(spec_of(2, horizon=3, probed=True, budget=4.0), price=price)
+    policy, shared = policy_of(), {"tasks": ["test0"], "replicas": (0,), "utility": Utility()}
+    (run,) = judge(spec, OBSERVER, policy.act, SyntheticStages(), **shared)
+    players = {"guided": guided(policy, spec, OBSERVER, SyntheticStages(), 50)}
+    (found,) = compare(players, spec, SyntheticStages(), **shared)["guided"]
+    assert run.cost < found.cost <= 4.0
 
 
 def test_a_policy_without_values_cannot_guide():

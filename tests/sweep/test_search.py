@@ -346,6 +346,14 @@ def test_own_operations_one_that_fails_and_a_metric_of_which_less_is_better(
     assert any("RuntimeError: no such luck" in line for line in progress.lines)
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_that_is_one_level_is_searched_too(tmp_path: Path) -> None:
+    suite = replace(small_suite(), levels={"whole": ["0", "1", "2"]})
+    result = search(suite, config(tmp_path, tuning_cost_weight=(0.0,)))
+    assert result.finished and not result.failures
+    assert result.table()["switches"].eq(0).all()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_replaying_what_is_not_there_fails_with_a_clear_line(tmp_path: Path) -> None:

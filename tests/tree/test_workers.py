@@ -259,6 +259,22 @@ def test_workers_lost_for_good_are_replaced_as_often_as_agreed(
     assert "0 of them will be replaced" in progress.lines[-1]
 
 
+def test_worker_crowded_out_by_trials_comes_back_without_cpus(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "CROWDED_OUT_S", 0.5)
+    progress = Lines()
+    handle = start(num_workers=1, cpus_per_worker=0.75, poll_s=2.0, progress=progress)
+    free = ray.available_resources()["CPU"]
+    trial = ray.remote(num_cpus=free + 0.75)(type("Trial", (), {"up": lambda self: True})).remote()
+    ray.kill(handle._workers[0])
+    assert ray.get(trial.up.remote(), timeout=30)  # it holds what the worker had
+    assert handle.stages.outcome(request(0)).executed
+    assert progress.said("one will reserve no CPUs")
+    wait_until(lambda: len(handle._workers) == 1)
+    ray.kill(trial)
+
+
 def test_stage_that_loses_its_worker_each_time_is_given_up(start: Start, tmp_path: Path) -> None:
     handle = start(num_workers=1, max_attempts=1, max_weight_bytes=0, memory_bytes=0)
     (tmp_path / "gate").touch()
