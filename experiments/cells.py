@@ -5,15 +5,16 @@ carries out lies in the tree under its storage path: what was cut off goes on wh
 """
 
 import json
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import rlhf_ray as rr
 from rlhf_ray.config import with_defaults
-from rlhf_ray.digests import digest
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.evaluation.judging import Run, compare
 from rlhf_ray.evaluation.rollouts import Stages
@@ -64,11 +65,12 @@ class Cell:
     handle: StagesHandle
 
     def config(self, seed: int, **changes: Any) -> rr.SearchConfig:
-        """Of a sweep: the package's defaults but for `SWEPT`, and judged on one replica seed."""
-        n_tasks, what = len(self.suite.train_tasks), digest(changes)[:8] if changes else "default"
-        name = f"{self.suite.name}-{n_tasks}-seed{seed}-{what}"
+        """Of a sweep: the package's defaults but for `SWEPT`, and judged on one replica seed.
+
+        It has no name: its folder is named for what it is, so that no other settings meet it.
+        """
         fields = {**SWEPT, "judge_replicas": 1, "cache_gb": 1.0, **changes}
-        config = rr.SearchConfig(name=name, seed=seed, storage_path=self.storage_path, **fields)
+        config = rr.SearchConfig(seed=seed, storage_path=self.storage_path, **fields)
         return with_defaults(config, self.suite.defaults)
 
     def context(self, config: rr.SearchConfig) -> TrialContext:
@@ -134,6 +136,21 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
         part.write_text(json.dumps(data))
         part.rename(file)
     return json.loads(file.read_text())
+
+
+def same_settings(here: Cell, folder: Path) -> None:
+    """Holds the settings against those that a folder's records were made with."""
+    settings = {**asdict(here.config(0)), "storage_path": ""}
+    now = json.loads(json.dumps(settings, default=str))
+    if kept(folder / "settings.json", lambda: now) != now:
+        raise SystemExit(f"{folder} holds records of other settings: give another --storage-path")
+
+
+def made_by(script: str) -> str:
+    """What stands below a table."""
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    return f"Made by {script} ({machine}, {versions})."
 
 
 def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:

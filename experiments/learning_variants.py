@@ -10,15 +10,13 @@ writes learning_variants.md.
 """
 
 import argparse
-import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import Cell, as_json, cell, kept, markdown
+from cells import Cell, as_json, cell, kept, made_by, markdown, same_settings
 from scipy import stats
 
 import rlhf_ray as rr
@@ -143,6 +141,8 @@ def main() -> None:
     parser.add_argument("--storage-path", default="e1", help="what is done is kept here")
     parser.add_argument("--data-root", help="torchvision's layout; else RLHF_RAY_DATA, else ./data")
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds must be at least 2, for intervals, got {args.seeds}.")
     storage = f"{args.storage_path}/{args.suite}"
     folder = Path(storage, "records", f"variants-fold{args.fold}")
 
@@ -160,6 +160,7 @@ def main() -> None:
         return runs
 
     with cell(suite(DEFAULT_TASKS), storage) as here:
+        same_settings(here, folder)
         variants = {name: all_seeds(here, name, what) for name, what in VARIANTS.items()}
         weights = {name: all_seeds(here, name, what) for name, what in WEIGHTS.items()}
         probes = price_of_probes(here)
@@ -168,8 +169,6 @@ def main() -> None:
             variants[f"{n} train tasks instead of {DEFAULT_TASKS}"] = all_seeds(
                 here, f"{n} train tasks", {}
             )
-    machine = f"{platform.machine()}, Python {platform.python_version()}"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
     text = "\n\n".join(
         [
             table(variants),
@@ -177,7 +176,7 @@ def main() -> None:
             f"{N_TASKS['n_test_tasks']} unseen tasks. {probes}",
             weights_table(weights),
             "Means over the test tasks, with Student's 95% interval over seeds.",
-            f"Made by learning_variants.py ({machine}, {versions}).",
+            made_by("learning_variants.py"),
         ]
     )
     Path(__file__).with_suffix(".md").write_text(text + "\n")

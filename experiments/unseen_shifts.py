@@ -13,16 +13,14 @@ writes unseen_shifts.md and figures/unseen_shifts.svg of the complete folds of `
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, as_json, cell, kept
+from cells import Cell, as_json, cell, kept, made_by, same_settings
 from unseen_table import report
 
 import rlhf_ray as rr
@@ -85,7 +83,7 @@ def schedules(here: Cell, folder: Path, seeds: int, max_stages: int) -> dict[str
             "curve": {name: as_json(runs) for name, runs in curve.items()},
         }
 
-    return kept(folder / "baselines.json", make)
+    return kept(folder / f"baselines-{seeds}.json", make)
 
 
 def full_curve(here: Cell, learning_rate: float) -> dict[str, list[Run]]:
@@ -120,6 +118,7 @@ def run(args: argparse.Namespace, name: str, fold: int) -> None:
     )
     folder = Path(storage, "records", f"fold{fold}")
     with cell(suite, storage) as here:
+        same_settings(here, folder.parent)
         learned: list[Mapping[str, Any]] = []
         for seed in range(args.seeds):
             learned.append(learn_and_test(here, folder, seed))
@@ -142,10 +141,7 @@ def main() -> None:
         for name in args.suites:
             for fold in args.folds:
                 run(args, name, fold)
-    machine = f"{platform.machine()}, Python {platform.python_version()}"
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
-    made_by = f"Made by unseen_shifts.py ({machine}, {versions})."
-    print(report(args.storage_path, args.suites, args.seeds, made_by))
+    print(report(args.storage_path, args.suites, args.seeds, made_by("unseen_shifts.py")))
 
 
 if __name__ == "__main__":
