@@ -1,5 +1,6 @@
 """A plain line chart as SVG, for figures that belong to the repository: no browser, small diffs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -44,15 +45,13 @@ def _panel(title: str, curves: Mapping[str, Curve], x_title: str, y_title: str) 
         return round(across, 1), round(down, 1)
 
     parts = [_text(WIDTH / 2, 16, title, "middle", bold=True)]
-    for i in range(5):
-        y = bottom + (top - bottom) * i / 4
-        x = left + (right - left) * i / 4
-        (x0, across), (x1, _), (down, floor) = at(left, y), at(right, y), at(x, bottom)
-        parts += [
-            f'<path d="M{x0} {across}H{x1}" stroke="#e5e7eb"/>',
-            _text(x0 - 6, across + 4, f"{y:.3g}", "end"),
-            _text(down, floor + 16, f"{x:.3g}", "middle"),
-        ]
+    (x0, floor), (x1, _) = at(left, bottom), at(right, bottom)
+    for y in _round_values(bottom, top):
+        across = at(left, y)[1]
+        parts.append(f'<path d="M{x0} {across}H{x1}" stroke="#e5e7eb"/>')
+        parts.append(_text(x0 - 6, across + 4, f"{y:.3g}", "end"))
+    for x in _round_values(left, right):
+        parts.append(_text(at(x, bottom)[0], floor + 16, f"{x:.3g}", "middle"))
     parts.append(_text(WIDTH / 2, HEIGHT - MARGIN + 34, x_title, "middle"))
     parts.append(
         f'<g transform="translate(12,{HEIGHT / 2}) rotate(-90)">'
@@ -68,6 +67,14 @@ def _panel(title: str, curves: Mapping[str, Curve], x_title: str, y_title: str) 
         parts.append(f'<circle cx="{MARGIN}" cy="{down - 4}" r="4" fill="{colour}"/>')
         parts.append(_text(MARGIN + 12, down, name, "start"))
     return "".join(parts)
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Three to eight multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = max(factor * power for factor in (1, 2, 5) if 3 * factor * power <= high - low)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [step * i for i in range(first, last + 1)]
 
 
 def _text(x: float, y: float, text: str, anchor: str, bold: bool = False) -> str:

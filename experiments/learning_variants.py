@@ -46,6 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "greedy a quarter of the time": {"warm_up": 0.75, "decay_fraction": 0.75},
     "what other trials played, too": {"share_experience": True, "concurrent_trials": 1},
 }
+PARTS = ("variants", "weights")
+"""What can be run by itself."""
+
 WEIGHTS: dict[str, dict[str, Any]] = {
     **{
         f"switch-cost weight {weight}": {
@@ -138,6 +141,7 @@ def main() -> None:
     parser.add_argument("--suite", default="mnist-4")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--storage-path", default="e1", help="what is done is kept here")
     parser.add_argument("--data-root", help="torchvision's layout; else RLHF_RAY_DATA, else ./data")
     args = parser.parse_args()
@@ -159,26 +163,28 @@ def main() -> None:
         print(name, *figures(runs), flush=True)
         return runs
 
+    variants: dict[str, list[Run]] = {}
+    parts: list[str] = []
     with cell(suite(DEFAULT_TASKS), storage) as here:
         same_settings(here, folder)
-        variants = {name: all_seeds(here, name, what) for name, what in VARIANTS.items()}
-        weights = {name: all_seeds(here, name, what) for name, what in WEIGHTS.items()}
+        if "variants" in args.parts:
+            variants |= {name: all_seeds(here, name, what) for name, what in VARIANTS.items()}
+        if "weights" in args.parts:
+            weights = {name: all_seeds(here, name, what) for name, what in WEIGHTS.items()}
+            parts += [weights_table(weights), "With Student's 95% interval over seeds."]
         probes = price_of_probes(here)
-    for n in N_TRAIN_TASKS:
+    for n in N_TRAIN_TASKS if variants else ():
         with cell(suite(n), storage) as here:
             variants[f"{n} train tasks instead of {DEFAULT_TASKS}"] = all_seeds(
                 here, f"{n} train tasks", {}
             )
-    text = "\n\n".join(
-        [
-            table(variants),
-            f"Suite {args.suite}, fold {args.fold}, {args.seeds} seeds, "
-            f"{N_TASKS['n_test_tasks']} unseen tasks. {probes}",
-            weights_table(weights),
-            "Means over the test tasks, with Student's 95% interval over seeds.",
-            made_by("learning_variants.py"),
-        ]
+    if variants:
+        parts.insert(0, table(variants))
+    parts.append(
+        f"Means over {N_TASKS['n_test_tasks']} unseen tasks of {args.suite}, fold {args.fold}, "
+        f"{args.seeds} seeds. {probes}"
     )
+    text = "\n\n".join([*parts, made_by("learning_variants.py")])
     Path(__file__).with_suffix(".md").write_text(text + "\n")
     print(text)
 
