@@ -241,7 +241,8 @@ class StagesHandle:
         self._none_since = self._none_since or now
         if now - self._none_since >= CROWDED_OUT_S:
             self._none_since = math.inf  # until one has been up
-            self._progress.message("no worker has room beside the trials: one will reserve no CPUs")
+            why = "no worker is up, trials may hold all CPUs"
+            self._progress.message(f"{why}: one will reserve no CPUs")
             self._hand_in(self._start(1, num_cpus=0.0))
 
     def _say_what_for(self, waited_s: float, who: str) -> None:
