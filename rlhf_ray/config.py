@@ -64,6 +64,8 @@ class SearchConfig:
             that it was handed to, in [0, 1): what pays when it is repeated is found sooner.
         counterfactuals: "dqn" learns from what a stage implies, too: the same stage with other
             hand-overs or asked for by other levels, skips and stops. Exact, and without a stage.
+        relearn: "dqn" learns its networks anew after the last episode, from all that was played:
+            trials of different seeds differ less, and no stage is carried out for it.
         horizon: stages per episode at most, >= 1.
         budget: tuning cost that no episode exceeds, full stages, > 0; with cost seconds, no stage
             is begun once it is spent, and the last one may exceed it.
@@ -127,6 +129,7 @@ class SearchConfig:
     explore_by: Literal["episode", "step"] = "episode"
     persistence: float = 0.6
     counterfactuals: bool = True
+    relearn: bool = True
     horizon: int = 5
     budget: float | None = None
     seed: int = 0

@@ -43,7 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "sweep": (
         "gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight", "num_samples",
         "algorithm", "controller", "alpha", "episodes", "warm_up", "decay_fraction", "explore_by",
-        "persistence", "counterfactuals", "share_experience", "seed", "replicas", "rllib",
+        "persistence", "counterfactuals", "relearn", "share_experience", "seed", "replicas",
+        "rllib",
     ),
     "episode": (
         "horizon", "budget", "performance", "cost", "start", "observation", "only_operations",

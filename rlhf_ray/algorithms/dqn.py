@@ -1,9 +1,10 @@
 """`dqn`: double, dueling deep Q-learning with the hand-over backup, inside RLlib.
 
 One iteration plays episodes (`rlhf_ray.algorithms.algorithm`), stores their transitions, and makes
-`updates_per_step` updates per new transition on batches drawn from everything seen so far. It adds
-to the result `loss`, `td_error`, `q_value` (means over the iteration's updates) and
-`learning_rate`.
+`updates_per_step` updates per new transition on batches drawn from everything seen so far. Networks
+keep what they made of the first few transitions (the primacy bias; Nikishin et al. 2022): with
+`relearn` they start over after the last episode, on all there is. It adds to the result `loss`,
+`td_error`, `q_value` (means over the iteration's updates) and `learning_rate`.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,9 +73,21 @@ class HandoverDQN(HandoverAlgorithm):
         )
         n_updates = max(1, round(self._settings.updates_per_step * sum(map(len, episodes))))
         batches = self.local_replay_buffer.sample(n_updates, self._settings.batch_size)
-        learned = self._learner.update_on(batches, learning_rate=rate)
+        learned = self._learner.update_on(batches, learning_rates=[rate] * n_updates)
         self._trial_counts["updates"] += n_updates
+        if self._settings.relearn and self._progress(episodes) == 1.0:
+            learned, rate = self._relearn(), self._learning_rate(1.0)
         return {**learned, "learning_rate": rate}
+
+    def _relearn(self) -> dict[str, float]:
+        n_updates = self._trial_counts["updates"]
+        self._learner.start_over()
+        learned = self._learner.update_on(
+            self.local_replay_buffer.sample(n_updates, self._settings.batch_size),
+            learning_rates=[self._learning_rate(i / n_updates) for i in range(n_updates)],
+        )
+        self._trial_counts["updates"] += n_updates
+        return learned
 
     def remember(
         self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()

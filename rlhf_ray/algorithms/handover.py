@@ -205,9 +205,8 @@ class ReplayBuffer:
         stored = Transitions.concatenate(self._parts)
         self._parts = [stored]
         index = self._generator.integers(len(stored), size=(n_batches, batch_size))
-        drawn = stored.take(torch.from_numpy(index))
-        for update in range(n_batches):
-            yield drawn.take(update)
+        for rows in torch.from_numpy(index):
+            yield stored.take(rows)
 
 
 @dataclass(frozen=True, kw_only=True)

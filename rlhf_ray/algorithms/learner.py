@@ -1,7 +1,7 @@
 """The learner: gradient steps of the hand-over backup over all levels together."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,14 @@ class HandoverLearner(TorchLearner):
         torch.set_num_threads(1)
         super().build()
         self.target = copy.deepcopy(self.networks).requires_grad_(False)
+
+    def start_over(self) -> None:
+        """Takes back the initial weights, and forgets the optimizer's state."""
+        initial = LevelQNetworks(self.networks.settings, seed=self.module.network_seed)
+        for networks in (self.networks, self.target):
+            networks.load_state_dict(initial.state_dict())
+        (optimizer,) = self._named_optimizers.values()
+        optimizer.state.clear()
 
     @property
     def networks(self) -> LevelQNetworks:
@@ -56,7 +64,7 @@ class HandoverLearner(TorchLearner):
         )
 
     def update_on(
-        self, batches: Iterable[Transitions], *, learning_rate: float
+        self, batches: Iterable[Transitions], *, learning_rates: Sequence[float]
     ) -> dict[str, float]:
         """One gradient step and one step of the target networks per batch.
 
@@ -64,17 +72,17 @@ class HandoverLearner(TorchLearner):
 
         Args:
             batches: the batches, in order.
-            learning_rate: Adam's.
+            learning_rates: Adam's, one per batch.
 
         Returns:
             Means over the batches: `loss`, `td_error`, `q_value`.
         """
         settings: AlgorithmSettings = self.config.settings
         (optimizer,) = self._named_optimizers.values()
-        optimizer.param_groups[0]["lr"] = learning_rate
         online, target = list(self.networks.parameters()), list(self.target.parameters())
         logged: list[torch.Tensor] = []
-        for batch in batches:
+        for batch, learning_rate in zip(batches, learning_rates, strict=True):
+            optimizer.param_groups[0]["lr"] = learning_rate
             result = self.compute_loss_for_module(
                 module_id=ALL_MODULES, config=self.config, batch=batch, fwd_out={}
             )

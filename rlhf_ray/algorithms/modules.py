@@ -47,6 +47,7 @@ class LevelsModule(MultiRLModule):
     """All levels' policies and the networks behind them, with a critic where one is asked for."""
 
     networks: LevelQNetworks
+    network_seed: int
     critic: LevelQNetworks
     model_config: Any
 
@@ -54,11 +55,12 @@ class LevelsModule(MultiRLModule):
         """Builds the levels' modules and gives each its network."""
         super().setup()
         own = self.model_config
-        self.networks = LevelQNetworks(own["network"], seed=own["network_seed"])
+        self.network_seed = own["network_seed"]
+        self.networks = LevelQNetworks(own["network"], seed=self.network_seed)
         for index, level in enumerate(own["levels"]):
             self._rl_modules[level].q = self.networks.level(index)
         if own["critic"] is not None:
-            seed = derive_seed(own["network_seed"], "critic")
+            seed = derive_seed(self.network_seed, "critic")
             self.critic = LevelQNetworks(own["critic"], seed=seed)
             for index, level in enumerate(own["levels"]):
                 self._rl_modules[level].critic = self.critic.level(index)

@@ -32,6 +32,8 @@ class AlgorithmSettings:
         weight_decay: of the networks, decoupled (Loshchilov and Hutter 2019), >= 0; "dqn" only.
         batch_size: transitions per update, >= 1.
         updates_per_step: updates per step of the environment, > 0.
+        relearn: after the last episode, learn the networks anew from all transitions, with as many
+            updates as were made before; "dqn" only.
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].
         hidden: units of the encoder's hidden layers.
         encoder: "shared" by all levels' heads, or "separate".
@@ -62,6 +64,7 @@ class AlgorithmSettings:
     weight_decay: float = 0.0
     batch_size: int = 64
     updates_per_step: float = 3.0
+    relearn: bool = False
     tau: float = 0.02
     hidden: tuple[int, ...] = (64, 64)
     encoder: EncoderKind = "shared"

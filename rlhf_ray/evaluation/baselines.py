@@ -168,6 +168,7 @@ def lp_ft(bench: Bench) -> Chosen:
                 [bench.stage(first, [n - 1])] * k
                 + [bench.stage(rate, range(n))] * (bench.horizon - k)
             ),
+            least=min(k + 1, bench.horizon),
         )
         for first in bench.learning_rates[-2:]
         for rate in bench.rates(range(n))

@@ -94,12 +94,14 @@ class Candidate:
         patience: end after so many stages without a better val metric; None: at a length that is
             the same for all tasks.
         probed: it uses the probes of the start, which are then charged.
+        least: the shortest length at which it is what its name says, >= 1.
     """
 
     settings: Mapping[str, Any]
     path: Callable[[str, int], StagePath]
     patience: int | None = None
     probed: bool = False
+    least: int = 1
 
     def walk(
         self, bench: Bench, task: str, replica: int, length: int | None = None

@@ -57,7 +57,8 @@ def utilities(
         on_test: on the tasks' test splits, as judging does; else on their val splits.
 
     Returns:
-        float64 (C, T, N); a walk that ended early keeps its last value.
+        float64 (C, T, N); a walk that ended early keeps its last value. Minus infinity at lengths
+        below a candidate's least.
     """
 
     def judged(pair: tuple[Candidate, str]) -> list[float]:
@@ -66,6 +67,9 @@ def utilities(
         tested: dict[int, float] = {}
         values = []
         for n in range(1, length + 1):
+            if n < candidate.least:
+                values.append(-math.inf)
+                continue
             # under patience there is one way to end, and that is where the walk has ended
             state = found[-1 if candidate.patience else min(n, len(found) - 1)].state
             best = len(state.best_path)

@@ -50,6 +50,7 @@ def algorithm_settings(config: SearchConfig, values: Mapping[str, float]) -> Alg
         n_members=N_MEMBERS,
         pessimism=PESSIMISM,
         updates_per_step=UPDATES_PER_STEP,
+        relearn=config.relearn,
         seed=config.seed,
         # ppo learns from what it played once, and so plays more at a time by itself
         episodes_per_iteration=None if config.algorithm == "ppo" else in_flight,

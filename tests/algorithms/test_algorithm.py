@@ -382,6 +382,27 @@ def test_notes_of_the_environment_come_with_the_episodes(local_ray):
         algorithm.stop()
 
 
+def test_learning_anew_begins_at_the_initial_weights_and_plays_nothing(local_ray):
+    def trained(relearn):
+        algorithm, initial, updates = make(relearn=relearn), level_weights(make()), []
+        while True:
+            result = algorithm.train()
+            updates.append(result["updates"])
+            if result["done"]:
+                break
+        learned = level_weights(algorithm)
+        algorithm._learner.start_over()
+        for name, value in level_weights(algorithm).items():
+            assert torch.equal(value, initial[name]), name
+        algorithm.stop()
+        return updates, learned
+
+    (plain_updates, plain), (updates, anew) = trained(False), trained(True)
+    assert updates[:-1] == plain_updates[:-1]
+    assert updates[-1] == 2 * plain_updates[-1]
+    assert all(not torch.equal(plain[name], anew[name]) for name in plain)
+
+
 def test_episodes_of_others_are_replayed_and_make_no_updates_of_their_own(local_ray):
     def learned(n_others):
         other = make(seed=8)

@@ -203,6 +203,16 @@ def test_schedules_unfreeze_as_they_say():
     assert levels("level:mid") == [["mid"]] * 5
 
 
+def test_lp_ft_trains_all_levels_even_where_the_head_alone_would_do():
+    def head_is_enough(path, task):
+        return START + 0.1 * min(len(path), 1)
+
+    spec = spec_of(4, horizon=5)
+    results = run(SyntheticStages(head_is_enough), ["lp_ft"], spec=spec)
+    assert results.settings["lp_ft"]["length"] == 2
+    assert [s["levels"] for s in results.runs["lp_ft"][0].steps] == [["head"], list(spec.levels)]
+
+
 def test_auto_rgn_scales_by_gradient_norm_and_pays_for_the_probe():
     stages = SyntheticStages(norms=(0.5, 2.0))
     results = run(stages, ["auto_rgn"])
