@@ -33,7 +33,7 @@ from rlhf_ray.tree.tally import TalliedStages, Tally
 SWEPT = {
     "gamma": (0.99,),
     "epsilon": (0.1,),
-    "tuning_cost_weight": (0.1, 0.2),
+    "tuning_cost_weight": (0.05, 0.1),
     "switch_cost_weight": (0.02,),
 }
 """Two trials per seed; the better one on the val tasks is played on the test tasks."""

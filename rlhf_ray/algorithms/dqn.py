@@ -38,6 +38,11 @@ OURS = {
 """Settings of RLlib's DQN that this one replaces by its own or does not read."""
 
 
+RARE_SHARE = 0.5
+"""Part of a batch, when learning anew, from actions that are not free: a stage implies some twenty
+free transitions, in which what is rare is lost (see experiments/LOG.md)."""
+
+
 class HandoverDQNConfig(DQNConfig):
     """RLlib's configuration, with ours in `settings`."""
 
@@ -83,7 +88,12 @@ class HandoverDQN(HandoverAlgorithm):
         n_updates = self._trial_counts["updates"]
         self._learner.start_over()
         learned = self._learner.update_on(
-            self.local_replay_buffer.sample(n_updates, self._settings.batch_size),
+            self.local_replay_buffer.sample(
+                n_updates,
+                self._settings.batch_size,
+                rare_share=RARE_SHARE,
+                common_actions=self._settings.free_actions,
+            ),
             learning_rates=[self._learning_rate(i / n_updates) for i in range(n_updates)],
         )
         self._trial_counts["updates"] += n_updates

@@ -192,12 +192,22 @@ class ReplayBuffer:
         """Appends transitions."""
         self._parts.append(transitions)
 
-    def sample(self, n_batches: int, batch_size: int) -> Iterator[Transitions]:
+    def sample(
+        self,
+        n_batches: int,
+        batch_size: int,
+        *,
+        rare_share: float = 0.0,
+        common_actions: Sequence[int] = (),
+    ) -> Iterator[Transitions]:
         """Batches drawn uniformly, with replacement.
 
         Args:
             n_batches: U.
             batch_size: B.
+            rare_share: part of every batch that is drawn, uniformly too, from the transitions of
+                actions other than the common ones, if there are any.
+            common_actions: see there.
 
         Yields:
             U batches of B transitions.
@@ -205,6 +215,10 @@ class ReplayBuffer:
         stored = Transitions.concatenate(self._parts)
         self._parts = [stored]
         index = self._generator.integers(len(stored), size=(n_batches, batch_size))
+        rare = np.flatnonzero(~np.isin(stored.action.numpy(), common_actions))
+        if rare.size and (n_rare := round(rare_share * batch_size)):
+            chosen = self._generator.integers(rare.size, size=(n_batches, n_rare))
+            index[:, :n_rare] = rare[chosen]
         for rows in torch.from_numpy(index):
             yield stored.take(rows)
 

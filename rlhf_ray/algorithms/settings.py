@@ -34,6 +34,8 @@ class AlgorithmSettings:
         updates_per_step: updates per step of the environment, > 0.
         relearn: after the last episode, learn the networks anew from all transitions, with as many
             updates as were made before; "dqn" only.
+        free_actions: those that carry out no stage; seen often, they are drawn less when learning
+            anew.
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].
         hidden: units of the encoder's hidden layers.
         encoder: "shared" by all levels' heads, or "separate".
@@ -65,6 +67,7 @@ class AlgorithmSettings:
     batch_size: int = 64
     updates_per_step: float = 3.0
     relearn: bool = False
+    free_actions: tuple[int, ...] = ()
     tau: float = 0.02
     hidden: tuple[int, ...] = (64, 64)
     encoder: EncoderKind = "shared"

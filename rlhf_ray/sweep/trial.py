@@ -102,7 +102,7 @@ class HandoverTrial(tune.Trainable):
         settings = replace(context.spec.settings, weights=weights)
         self._spec = replace(context.spec, settings=settings)
         stages = TalliedStages(context.stages, self._tally, namespace=self._name)
-        self._settings = algorithm_settings(context.config, self._values)
+        self._settings = algorithm_settings(context.config, self._values, self._spec)
         self._algorithm = build_algorithm(
             context.config.algorithm,
             env_creator=FineTuningEnv,

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 from rlhf_ray.config import SearchConfig
+from rlhf_ray.operations import Skip, Stop
+from rlhf_ray.process import ProcessSpec
 
 if TYPE_CHECKING:
     from rlhf_ray.sweep.trial import TrialContext
@@ -32,7 +34,9 @@ def process_record(context: "TrialContext") -> dict[str, Any]:
     }
 
 
-def algorithm_settings(config: SearchConfig, values: Mapping[str, float]) -> AlgorithmSettings:
+def algorithm_settings(
+    config: SearchConfig, values: Mapping[str, float], spec: ProcessSpec
+) -> AlgorithmSettings:
     """What a trial's algorithm is told."""
     in_flight = min(config.stages_in_flight, config.episodes)
     return AlgorithmSettings(
@@ -51,6 +55,11 @@ def algorithm_settings(config: SearchConfig, values: Mapping[str, float]) -> Alg
         pessimism=PESSIMISM,
         updates_per_step=UPDATES_PER_STEP,
         relearn=config.relearn,
+        free_actions=tuple(
+            action
+            for action in range(spec.n_actions)
+            if isinstance(spec.decode(action)[0], Skip | Stop)
+        ),
         seed=config.seed,
         # ppo learns from what it played once, and so plays more at a time by itself
         episodes_per_iteration=None if config.algorithm == "ppo" else in_flight,

@@ -191,6 +191,23 @@ def test_buffer_draws_by_its_seed_and_from_everything(episode):
     assert set(drawn(1).flatten().tolist()) == {1, 2, 3, 4}
 
 
+def test_buffer_draws_what_is_rare_as_often_as_asked(episode):
+    played = flatten(episode, ["a", "b"])
+    common = [1]
+    buffer = ReplayBuffer(0)
+    buffer.add(played)
+
+    def rare(**options):
+        batches = list(buffer.sample(200, 8, **options))
+        return torch.stack([~torch.isin(b.action, torch.tensor(common)) for b in batches]).sum(1)
+
+    plain, more = rare(), rare(rare_share=0.75, common_actions=common)
+    assert plain.min() < 6
+    assert more.min() == 6
+    everything = {"rare_share": 0.75, "common_actions": played.action.tolist()}
+    assert len(list(buffer.sample(5, 8, **everything))) == 5  # nothing is rare: drawn as they come
+
+
 # --- exploration -------------------------------------------------------------------------------
 
 
