@@ -6,6 +6,7 @@ the frozen prefix of most of them here.
 
 from collections import OrderedDict
 
+from rlhf_ray.engine.allocation import in_own_block
 from rlhf_ray.engine.segments import SegmentPlan, Values
 
 Key = tuple[str, str, int, tuple[str, ...]]
@@ -40,7 +41,7 @@ class ActivationCache:
         size = SegmentPlan.n_bytes(values)
         if size > self._max_bytes or key in self._kept:
             return
-        self._kept[key] = values
+        self._kept[key] = {name: in_own_block(value) for name, value in values.items()}
         self._n_bytes += size
         while self._n_bytes > self._max_bytes:
             self._n_bytes -= SegmentPlan.n_bytes(self._kept.popitem(last=False)[1])

@@ -1,12 +1,21 @@
-"""Keeping freed memory in the process: a third of a stage's time goes to page faults otherwise.
+"""Memory on the CPU: what is freed stays in the process, what is kept for long lies apart.
+
+A third of a stage's time goes to page faults where it does not stay.
 
 Every training step frees its activations and asks for the same again. glibc gives blocks of more
 than 128 kB back to the system at once, and the next step pays for each page anew: on the built-in
 suites' CNN 2,700 page faults per step of 32 images, and 1.5 times the processor time without them
 (1.8 times in forward passes).
+
+A block that is kept for long among those that come and go splits the heap: what lies free around it
+serves smaller requests only. Caches of 3 GiB had grown a worker to 7.3 GiB.
 """
 
 import ctypes
+import mmap
+
+import torch
+from torch import Tensor
 
 # From glibc's malloc.h, with values in bytes.
 _SETTINGS = {
@@ -30,3 +39,24 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library; another system
         return False
     return all([bool(mallopt(name, value)) for name, value in _SETTINGS.items()])
+
+
+OWN_BLOCK_BYTES = 1 << 20
+"""Smaller tensors stay where they are: a block of its own is a number of whole pages."""
+
+
+def in_own_block(tensor: Tensor) -> Tensor:
+    """A copy outside the C library's heap: its memory goes back to the system when it is dropped.
+
+    Args:
+        tensor: any; one that is small, or not on the CPU, is returned as it is.
+
+    Returns:
+        The same values, shape and (if the tensor is dense) strides, without gradient.
+    """
+    n_bytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or n_bytes < OWN_BLOCK_BYTES:
+        return tensor
+    strides = torch.empty_like(tensor, device="meta").stride()
+    block = torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=tensor.dtype)
+    return block.as_strided(tensor.shape, strides).copy_(tensor.detach())

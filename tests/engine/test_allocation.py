@@ -1,9 +1,14 @@
 import json
+import mmap
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from rlhf_ray.engine.allocation import in_own_block
 
 COUNT = """
 import ctypes, json, resource
@@ -30,3 +35,46 @@ def test_freed_memory_is_not_paged_in_again():
     plain, taken, kept = json.loads(done.stdout)
     assert taken
     assert kept < plain / 20
+
+
+def channels_last(*shape):
+    return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(600, 500),
+        torch.randn(500, 600).t(),
+        channels_last(64, 16, 20, 20),
+        channels_last(700, 1, 20, 20).as_strided((700, 1, 20, 20), (400, 1, 20, 1)),
+        torch.randn(600, 1).expand(600, 500),
+        torch.rand(1200, 1000) < 0.5,
+        torch.randint(9, (400, 400)),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.stride())}",
+)
+def test_a_block_of_its_own_holds_the_same_in_the_same_order(tensor):
+    own = in_own_block(tensor)
+    assert own.data_ptr() % mmap.PAGESIZE == 0
+    assert own.data_ptr() != tensor.data_ptr()
+    assert torch.equal(own, tensor)
+    assert own.dtype == tensor.dtype
+    if 0 not in tensor.stride():
+        assert own.stride() == tensor.stride()
+
+
+def test_small_tensors_stay_where_they_are():
+    small = torch.randn(1000)
+    assert in_own_block(small) is small
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_a_block_of_its_own_goes_back_when_it_is_dropped():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    own = in_own_block(torch.ones(32 << 20, dtype=torch.uint8))
+    before = resident()
+    del own
+    assert before - resident() > 30 << 20
