@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What differs from the defaults."""
 
 EPISODES = {
-    "q-learning": {2: 1000, 3: 2000, 6: 6000},
+    "q-learning": {2: 1000, 3: 4000, 6: 12000},
     "dqn": {2: 500, 3: 500, 6: 1000},
     "ppo": {2: 2000, 3: 3000, 6: 4000},
 }
