@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.utils.typing import MultiAgentDict
 
 from rlhf_ray.algorithms.counterfactuals import counterfactuals
 from rlhf_ray.algorithms.handover import IMPLIED, Transitions
+from rlhf_ray.algorithms.modules import spaces
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.process import (
@@ -56,16 +56,6 @@ class EpisodePlan:
         return task, replica, level
 
 
-def observation_space(n_features: int, n_actions: int) -> gym.spaces.Dict:
-    """What every agent sees: features (F,) and the mask of open actions (A,)."""
-    return gym.spaces.Dict(
-        {
-            "features": gym.spaces.Box(-np.inf, np.inf, (n_features,), np.float32),
-            "action_mask": gym.spaces.Box(0, 1, (n_actions,), np.int8),
-        }
-    )
-
-
 class FineTuningEnv(MultiAgentEnv):
     """Episodes of fine-tuning; `step` waits for the stage it asked for.
 
@@ -94,9 +84,9 @@ class FineTuningEnv(MultiAgentEnv):
         self.possible_agents = [*names]
         self.agents = [*names]
         n_features = len(self._observer.names(self._spec))
-        space = observation_space(n_features, self._spec.n_actions)
-        self.observation_spaces = dict.fromkeys(names, space)
-        self.action_spaces = dict.fromkeys(names, gym.spaces.Discrete(self._spec.n_actions))
+        observation, action = spaces(n_features, self._spec.n_actions)
+        self.observation_spaces = dict.fromkeys(names, observation)
+        self.action_spaces = dict.fromkeys(names, action)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

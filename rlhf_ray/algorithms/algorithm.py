@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
@@ -223,17 +222,6 @@ def _episode_metrics(episodes: list[MultiAgentEpisode]) -> dict[str, Any]:
         "episode_records": records,
         "episode_notes": [episode.custom_data["notes"] for episode in episodes],
     }
-
-
-def spaces(n_features: int, n_actions: int) -> tuple[gym.spaces.Dict, gym.spaces.Discrete]:
-    """Observation and action space of every level."""
-    observation_space = gym.spaces.Dict(
-        {
-            "features": gym.spaces.Box(-np.inf, np.inf, (n_features,), np.float32),
-            "action_mask": gym.spaces.Box(0, 1, (n_actions,), np.int8),
-        }
-    )
-    return observation_space, gym.spaces.Discrete(n_actions)
 
 
 def configure(

@@ -16,7 +16,7 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings, network_settings
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import (
     IMPLIED,
     ReplayBuffer,
@@ -26,7 +26,7 @@ from rlhf_ray.algorithms.handover import (
     turns,
 )
 from rlhf_ray.algorithms.learner import HandoverLearner
-from rlhf_ray.algorithms.modules import levels_spec
+from rlhf_ray.algorithms.modules import levels_spec, spaces
 from rlhf_ray.digests import derive_seed
 
 OURS = {

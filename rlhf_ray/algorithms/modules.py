@@ -20,6 +20,17 @@ from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
 
 
+def spaces(n_features: int, n_actions: int) -> tuple[gym.spaces.Dict, gym.spaces.Discrete]:
+    """What every level sees, features (F,) and the mask of open actions (A,), and its actions."""
+    observation_space = gym.spaces.Dict(
+        {
+            "features": gym.spaces.Box(-np.inf, np.inf, (n_features,), np.float32),
+            "action_mask": gym.spaces.Box(0, 1, (n_actions,), np.int8),
+        }
+    )
+    return observation_space, gym.spaces.Discrete(n_actions)
+
+
 class LevelModule(TorchRLModule):
     """The policy of one level; the `LevelsModule` that holds it gives it its networks."""
 

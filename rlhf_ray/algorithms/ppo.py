@@ -33,9 +33,9 @@ from rlhf_ray.algorithms.advantages import (
     policy_loss,
     trajectory,
 )
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import Transitions, Turn
-from rlhf_ray.algorithms.modules import levels_spec
+from rlhf_ray.algorithms.modules import levels_spec, spaces
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.errors import InputError
 from rlhf_ray.policies.networks import LevelQNetworks

@@ -23,8 +23,9 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, spaces
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import Backup, Transitions, Turn, following, turns
+from rlhf_ray.algorithms.modules import spaces
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.q_table import QTable, as_weights
 
