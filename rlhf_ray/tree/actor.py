@@ -144,9 +144,10 @@ class TreeActor:
         self._dispatcher.give_up(reason)
 
     async def handles(self) -> list[Any]:
-        """Handles of the workers that are up."""
-        workers = self._dispatcher.workers.values()
-        return [worker.handle for worker in workers if worker.state in ("idle", "busy")]
+        """Handles of the workers, those that are up first; waits for one while there may be any."""
+        while not (found := self._dispatcher.handles()) and not self._dispatcher.hopeless:
+            await asyncio.sleep(0.1)
+        return found
 
     async def _ask_report(self, handle: Any) -> None:
         """Notes what a worker runs for the actor that was here before, and what that counted."""

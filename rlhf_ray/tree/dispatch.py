@@ -118,7 +118,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._idle: dict[Worker, None] = {}  # ordered
         self._homes: OrderedDict[str, Worker] = OrderedDict()  # unshared: episode -> worker
-        self._hopeless = ""
+        self.hopeless = ""  # why there will be no workers
         self._background: set[asyncio.Task[None]] = set()
 
     # -- counts ----------------------------------------------------------------------------------
@@ -155,13 +155,13 @@ class Dispatcher:
 
     def give_up(self, reason: str) -> None:
         """There will be no workers: whoever waits for one is told why."""
-        self._hopeless = reason
+        self.hopeless = reason
         self._schedule()
 
     def _schedule(self) -> None:
         """Gives waiting jobs to idle workers."""
-        if self._hopeless:
-            error = StageError(f"a worker must be left to run stages, got none ({self._hopeless}).")
+        if self.hopeless:
+            error = StageError(f"a worker must be left to run stages, got none ({self.hopeless}).")
             for job in self.waiting:
                 _settle(job, error)
             self.waiting.clear()
@@ -250,6 +250,12 @@ class Dispatcher:
             if number not in self.workers:
                 worker = self.workers[number] = Worker(number=number, handle=handle)
                 self._in_background(self._welcome(worker))
+
+    def handles(self) -> list[Any]:
+        """Of the workers that are not gone, those that are up first; the others answer later."""
+        there = [worker for worker in self.workers.values() if worker.state != "gone"]
+        there.sort(key=lambda worker: worker.state not in ("idle", "busy"))
+        return [worker.handle for worker in there]
 
     def dismiss(self, number: int, reason: str) -> None:
         """A worker that is not coming back."""
