@@ -23,6 +23,7 @@ from rlhf_ray.progress import NO_PROGRESS
 from rlhf_ray.ray_session import running_ray, stage_workers
 from rlhf_ray.storage import open_storage
 from rlhf_ray.sweep.results import read_policy, trial_folder
+from rlhf_ray.sweep.scheduling import schedule_tally, scheduled
 from rlhf_ray.sweep.search import prepare, trial_context
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
@@ -33,10 +34,10 @@ from rlhf_ray.tree.tally import TalliedStages, Tally
 SWEPT = {
     "gamma": (0.99,),
     "epsilon": (0.1,),
-    "tuning_cost_weight": (0.05, 0.1),
-    "switch_cost_weight": (0.02,),
+    "tuning_cost_weight": (0.05,),
+    "switch_cost_weight": (0.01,),
 }
-"""Two trials per seed; the better one on the val tasks is played on the test tasks."""
+"""One trial per seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Learned:
     Attributes:
         policy: of the best trial on the val tasks.
         context: of the sweep.
-        distinct: stages that all its trials asked for, each once.
+        distinct: stages that its schedule and its trials asked for, each once.
         cost: of these in full stages.
     """
 
@@ -82,7 +83,7 @@ class Cell:
     def learn(self, seed: int, **changes: Any) -> Learned:
         """A sweep on the train tasks, judged on the val tasks."""
         config = self.config(seed, **changes)
-        ground, context = prepare(self.suite, config), self.context(config)
+        ground, context = prepare(self.suite, config), scheduled(self.context(config))
         run_trials(context, ground.trials, self.handle, max_minutes=None, progress=NO_PROGRESS)
         folders = [trial_folder(ground.name, trial.name) for trial in ground.trials]
         records: Any = [context.storage.read_json(f"{folder}/trial.json") for folder in folders]
@@ -90,7 +91,8 @@ class Cell:
         if errors:
             raise SystemExit(f"trials of {ground.name} failed: {errors}")
         best = max(range(len(records)), key=lambda i: records[i]["judged"]["utility"])
-        tally = Tally.total(Tally.from_json(record["stages"]) for record in records)
+        trials = [Tally.from_json(record["stages"]) for record in records]
+        tally = Tally.total([schedule_tally(context.storage, ground.name), *trials])
         store = TreeStore(context.storage)
         outcomes = [store.get(key) for key in sorted(tally.keys)]
         return Learned(

@@ -15,7 +15,7 @@ writes unseen_shifts.md and figures/unseen_shifts.svg of the complete folds of `
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ BASELINES = (
     "lp_ft", "gradual_last_first", "gradual_first_last", "auto_rgn", "l2_sp", "asha", "tpe",
     *(f"level:{name}" for name in ("conv1", "conv2", "dense", "head")),
 )  # fmt: skip
-N_TASKS = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 7}
+N_TASKS = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 8}
 SEARCH_STAGES, GUIDED_STAGES = 10, 5
 """Of `asha` and `tpe` on a test task; of the policy's own search beyond its up to five stages."""
 
@@ -60,7 +60,9 @@ def learn_and_test(here: Cell, folder: Path, seed: int) -> dict[str, Any]:
     return kept(folder / f"seed{seed}.json", make)
 
 
-def schedules(here: Cell, folder: Path, seeds: int, max_stages: int) -> dict[str, Any]:
+def schedules(
+    here: Cell, folder: Path, seeds: int, max_stages: int, names: Sequence[str]
+) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         context, stages, suite = here.context(here.config(0)), here.stages(), here.suite
         found = run_baselines(
@@ -69,7 +71,7 @@ def schedules(here: Cell, folder: Path, seeds: int, max_stages: int) -> dict[str
             train_tasks=[task.name for task in suite.train_tasks],
             val_tasks=[task.name for task in suite.val_tasks],
             test_tasks=[task.name for task in suite.test_tasks],
-            names=BASELINES,
+            names=names,
             replicas=range(seeds),
             utility=context.utility,
             max_stages=max_stages,
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace, name: str, fold: int) -> None:
             utility = statistics.mean(run["utility"] for run in learned[-1]["runs"]["policy"])
             print(f"{suite.name} seed {seed}: utility {utility:.4f}", flush=True)
         distinct = round(statistics.mean(record["distinct"] for record in learned))
-        schedules(here, folder, args.seeds, distinct)
+        schedules(here, folder, args.seeds, distinct, args.baselines)
 
 
 def main() -> None:
@@ -133,6 +135,7 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=["mnist-4", "fashion-mnist-4"])
     parser.add_argument("--folds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--baselines", nargs="+", default=BASELINES, help="besides the usual ones")
     parser.add_argument("--storage-path", default="e1", help="what is done is kept here")
     parser.add_argument("--data-root", help="torchvision's layout; else RLHF_RAY_DATA, else ./data")
     parser.add_argument("--report-only", action="store_true", help="carry out nothing")

@@ -62,6 +62,10 @@ class SearchConfig:
             altogether, so that trials share what they explore; "step": drawn for every step.
         persistence: probability that a random action repeats the operation before it, at the level
             that it was handed to, in [0, 1): what pays when it is repeated is found sooner.
+        schedule: "dqn" begins with one schedule for all tasks, tuned on the train tasks, and its
+            policies depart from it only where that is surely better; needs the features of
+            "progress".
+        adherence: probability that a step of an exploring episode follows the schedule, in [0, 1).
         counterfactuals: "dqn" learns from what a stage implies, too: the same stage with other
             hand-overs or asked for by other levels, skips and stops. Exact, and without a stage.
         relearn: "dqn" learns its networks anew after the last episode, from all that was played:
@@ -123,11 +127,13 @@ class SearchConfig:
     algorithm: str = "dqn"
     controller: Literal["levels", "single"] = "levels"
     alpha: float = 0.1
-    episodes: int = 96
+    episodes: int = 64
     warm_up: float = 0.85
     decay_fraction: float = 0.85
     explore_by: Literal["episode", "step"] = "episode"
     persistence: float = 0.6
+    schedule: bool = True
+    adherence: float = 0.7
     counterfactuals: bool = True
     relearn: bool = True
     horizon: int = 5
@@ -356,8 +362,10 @@ def _check(config: SearchConfig) -> None:
             "0 <= warm_up <= decay_fraction <= 1 must hold, got "
             f"warm_up={warm_up}, decay_fraction={decay_fraction}. Give both."
         )
-    if not 0 <= (_number(config, "persistence") or 0) < 1:
-        raise InputError(f"persistence must lie in [0, 1), got persistence={config.persistence}.")
+    for name in ("persistence", "adherence"):
+        value = _number(config, name) or 0
+        if not 0 <= value < 1:
+            raise InputError(f"{name} must lie in [0, 1), got {name}={value}.")
     if not 0 < config.alpha <= 1:
         raise InputError(f"alpha must lie in (0, 1], got alpha={config.alpha}.")
     config.observer()

@@ -1,15 +1,15 @@
 """Operations: what can be done to a level, and how to add another.
 
 An operation is a frozen dataclass with a name. It says which levels it changes when a given level
-acts, and, being run, changes them through the `StageSession` it is handed: data, activations
-cached below the trained levels, optimizer state and the FLOP account are the session's business.
+acts, what that takes, and, being run, changes them through the `StageSession` it is handed: data,
+activations cached below the trained levels and optimizer state are the session's business.
 """
 
 import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 
@@ -19,6 +19,34 @@ from rlhf_ray.tasks import Task
 
 Scope = Literal["level", "up", "all"]
 OptimizerName = Literal["adam", "sgd"]
+
+NEEDS = {
+    "source": "source data to hold the model's activations against, and modules with a weight and "
+    "a bias",
+    "output layer": "a last level that ends with a linear layer, whose output is the model's",
+}
+"""What operations may need of a suite (`rlhf_ray.engine.support`)."""
+
+
+class FlopCounts(Protocol):
+    """FLOPs per example of a model's parts, whoever counted them (`rlhf_ray.engine.costs`)."""
+
+    @property
+    def usable(self) -> tuple[bool, ...]:
+        """Per boundary 0 ... L - 1 (below each level): whether its values can be cached."""
+        ...
+
+    def forward(self, start: int, stop: int) -> float:
+        """Of an eval-mode run between usable boundaries; stop = L: the output."""
+        ...
+
+    def train_step(self, levels: tuple[int, ...]) -> float:
+        """Of a training step of some levels (ascending)."""
+        ...
+
+    def output_step(self) -> float:
+        """Of the loss and its gradient as functions of the output layer alone; 0 without one."""
+        ...
 
 
 class StageSession(Protocol):
@@ -42,8 +70,16 @@ class StageSession(Protocol):
         """Trains the session's levels on the task's train split, as the settings say."""
         ...
 
+    def align(self, settings: "Align") -> None:
+        """Gives the outputs of the session's levels the moments that they have on the source."""
+        ...
+
+    def fit(self, settings: "Fit") -> None:
+        """Fits the output layer to the task's train split, as the settings say."""
+        ...
+
     def charge(self, flops: float) -> None:
-        """Adds work of the operation's own to the path's account (`train` does so by itself)."""
+        """Adds work to the path's account that `Operation.flops` does not know of beforehand."""
         ...
 
 
@@ -57,6 +93,13 @@ class Operation(abc.ABC):
 
     name: str
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What a suite must have for it, of `NEEDS`."""
+
+    def applies(self, level: int, n_levels: int) -> bool:
+        """Whether it is open to a level at all."""
+        return True
+
     @abc.abstractmethod
     def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
         """The levels changed when `level` acts, ascending; empty: no stage is carried out."""
@@ -68,6 +111,17 @@ class Operation(abc.ABC):
     def examples_drawn(self, n_train: int) -> int:
         """How many training examples a run draws from a train split of `n_train`; 0: none."""
         return 0
+
+    def flops(self, counts: FlopCounts, levels: tuple[int, ...], n_train: int) -> float:
+        """FLOPs of a run; filling caches, running the levels below and evaluating come on top.
+
+        Args:
+            counts: per example.
+            levels: that it changes, ascending.
+            n_train: examples in the train split.
+        """
+        drawn = self.examples_drawn(n_train)
+        return drawn * counts.train_step(levels) if drawn else 0.0
 
     def settings(self) -> dict[str, Any]:
         """What identifies the operation's effect (JSON-able), and so the stages it leads to.
@@ -144,6 +198,107 @@ class Train(Operation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Align(Operation):
+    """Align the acting level's outputs with the source data: no gradient, no learning rate.
+
+    Mean and variance of every feature that a weighted module of the level puts out become what they
+    are in the pretrained model on the source data, by weight and bias. It undoes what a shift of
+    the inputs did to the level (after adaptive batch normalisation, Li et al. 2017, for modules
+    with or without normalisation). Open to all levels but the last, whose outputs a shift of the
+    labels moves with good reason.
+
+    Attributes:
+        examples: train examples that the moments are taken over, >= 2.
+    """
+
+    examples: int = 64
+
+    needs: ClassVar[tuple[str, ...]] = ("source",)
+
+    def __post_init__(self) -> None:
+        if self.examples < 2:
+            raise InputError(f"examples must be at least 2, got examples={self.examples}.")
+
+    def applies(self, level: int, n_levels: int) -> bool:
+        """To all levels but the last; to the only one of a model."""
+        return level < n_levels - 1 or n_levels == 1
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """The acting level."""
+        return (level,)
+
+    def examples_drawn(self, n_train: int) -> int:
+        """`examples`, or as many as there are."""
+        return min(self.examples, n_train)
+
+    def flops(self, counts: FlopCounts, levels: tuple[int, ...], n_train: int) -> float:
+        """One run through the level."""
+        return self.examples_drawn(n_train) * counts.forward(*span(counts.usable, levels))
+
+    def run(self, session: StageSession) -> None:
+        """Aligns the session's level."""
+        session.align(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Operation):
+    """Fit the output layer to all train examples at once, to the end: a linear probe.
+
+    L-BFGS on the task's loss over the kept inputs of the model's last linear layer, which costs
+    next to nothing and, for a convex loss, has one answer: no learning rate. Open to the last
+    level.
+
+    Attributes:
+        l2: weight decay: l2 / 2 times the squared weights is added to the loss, >= 0.
+        evaluations: of the loss and its gradient over the train split, >= 1.
+    """
+
+    l2: float = 1e-2
+    evaluations: int = 80
+
+    needs: ClassVar[tuple[str, ...]] = ("output layer",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.l2 < math.inf:
+            raise InputError(f"l2 must be >= 0, got l2={self.l2}.")
+        if self.evaluations < 1:
+            raise InputError(f"evaluations must be at least 1, got {self.evaluations}.")
+
+    def applies(self, level: int, n_levels: int) -> bool:
+        """To the last level."""
+        return level == n_levels - 1
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """The acting level."""
+        return (level,)
+
+    def examples_drawn(self, n_train: int) -> int:
+        """All of the train split."""
+        return n_train
+
+    def flops(self, counts: FlopCounts, levels: tuple[int, ...], n_train: int) -> float:
+        """One run through the level for the layer's inputs, then the evaluations."""
+        start, stop = span(counts.usable, levels)
+        per_example = counts.forward(start, stop) + self.evaluations * counts.output_step()
+        return n_train * per_example
+
+    def run(self, session: StageSession) -> None:
+        """Fits the output layer."""
+        session.fit(self)
+
+
+def span(usable: Sequence[bool], levels: Sequence[int]) -> tuple[int, int]:
+    """The nearest usable boundaries around some levels (ascending); L above the highest.
+
+    >>> span((True, False, True, True), (1,)), span((True, True), (1,))
+    ((0, 2), (1, 2))
+    """
+    start = max(b for b in range(levels[0] + 1) if usable[b])
+    above = [b for b in range(levels[-1] + 1, len(usable)) if usable[b]]
+    return start, min(above, default=len(usable))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Skip(Operation):
     """Carry out no stage; look, and hand over."""
 
@@ -185,7 +340,7 @@ def default_operations(
     keep_optimizer_state: bool = True,
     learning_rates: Sequence[float] | None = None,
 ) -> tuple[Operation, ...]:
-    """Train this level at a low, middle or high learning rate, from it up, all; skip; stop.
+    """Train this level at a low, middle or high rate, from it up, all; align; fit; skip; stop.
 
     Args:
         steps: optimizer steps per stage; None: one epoch.
@@ -196,7 +351,7 @@ def default_operations(
             operations on several levels use the middle one.
 
     Returns:
-        Seven operations, in the order above.
+        Nine operations, in the order above.
     """
     rates = tuple(learning_rates or LEARNING_RATES[optimizer])
     if len(rates) != 3:
@@ -220,6 +375,8 @@ def default_operations(
         train("train_high", high, "level"),
         train("train_up", middle, "up"),
         train("train_all", middle, "all"),
+        Align(name="align"),
+        Fit(name="fit"),
         Skip(),
         Stop(),
     )
@@ -236,7 +393,9 @@ def operations_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Operation, 
     Raises:
         InputError: an operation of the user's own, which only the user's code can make.
     """
-    kinds: dict[str, type[Operation]] = {kind.__name__: kind for kind in (Train, Skip, Stop)}
+    kinds: dict[str, type[Operation]] = {
+        kind.__name__: kind for kind in (Train, Align, Fit, Skip, Stop)
+    }
     for entry in data:
         if entry["kind"] not in kinds:
             raise InputError(

@@ -231,10 +231,10 @@ def affordable(spec: ProcessSpec, state: State, step: StageStep) -> bool:
 def action_mask(spec: ProcessSpec, state: State) -> NDArray[np.int8]:
     """Which actions are open, int8 (A,): at least `stop`.
 
-    Closed are: actions that differ in name only (`stop` with every next level, an operation that
-    does here what an earlier one does, a hand-over after the last stage), `skip` to oneself or
-    after L - 1 skips in a row, stages that the budget has no room for (`affordable`), and all but
-    `stop` once it is spent.
+    Closed are: operations that do not apply to the acting level; actions that differ in name only
+    (`stop` with every next level, an operation that does here what an earlier one does, a hand-over
+    after the last stage); `skip` to oneself or after L - 1 skips in a row; stages that the budget
+    has no room for (`affordable`), and all but `stop` once it is spent.
     """
     mask = np.zeros((len(spec.operations), spec.n_levels), dtype=np.int8)
     budget = spec.settings.budget
@@ -248,7 +248,7 @@ def action_mask(spec: ProcessSpec, state: State) -> NDArray[np.int8]:
             if state.skips < spec.n_levels - 1 and not spent:
                 mask[row] = 1
                 mask[row, state.level] = 0
-        else:
+        elif operation.applies(state.level, spec.n_levels):
             levels = operation.levels(state.level, spec.n_levels)
             if not affordable(spec, state, StageStep(operation=operation, levels=levels)):
                 continue

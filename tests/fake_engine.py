@@ -97,7 +97,7 @@ class FakeEngine:
         fail = self._folder / "fail"
         if fail.exists() and fail.read_text() == request.task:
             raise ValueError("no such thing\nand more")
-        if request.path[-1].operation.settings()["steps"] == 1:
+        if request.path[-1].operation.settings().get("steps") == 1:
             return self._outcome(request, parent.versions, load, diverged=True), {}
         versions = tuple(
             key if level in states else version for level, version in enumerate(parent.versions)

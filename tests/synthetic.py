@@ -47,7 +47,7 @@ def learns(path: StagePath, task: str) -> float:
     """0.1 per stage on the head at rate 1e-3, less elsewhere; falls after the third stage."""
     metric = START
     for number, stage in enumerate(path):
-        rate = stage.operation.settings()["learning_rate"]
+        rate = stage.operation.settings().get("learning_rate")  # none to align or fit
         gain = 0.1 if stage.levels[-1] == stage.levels[0] else 0.06
         metric += (gain if rate == 1e-3 else 0.02) * (1 if number < 3 else -1)
     return metric

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from rlhf_ray.errors import InputError
 from rlhf_ray.operations import (
     LEARNING_RATES,
+    Align,
+    Fit,
     Operation,
     Skip,
     StageSession,
@@ -44,10 +46,11 @@ def test_scopes_say_which_levels_change(n_levels: int, data: st.DataObject) -> N
     assert Skip().levels(level, n_levels) == Stop().levels(level, n_levels) == ()
 
 
-def test_default_operations_are_seven_in_a_fixed_order() -> None:
+def test_default_operations_are_nine_in_a_fixed_order() -> None:
     operations = default_operations(steps=None, batch_size=32, optimizer="sgd")
     assert [o.name for o in operations] == [
-        "train_low", "train_mid", "train_high", "train_up", "train_all", "skip", "stop",
+        "train_low", "train_mid", "train_high", "train_up", "train_all", "align", "fit", "skip",
+        "stop",
     ]  # fmt: skip
     trained = [o for o in operations if isinstance(o, Train)]
     assert tuple(o.learning_rate for o in trained[:3]) == LEARNING_RATES["sgd"]
@@ -55,6 +58,22 @@ def test_default_operations_are_seven_in_a_fixed_order() -> None:
     assert {(o.steps, o.batch_size) for o in trained} == {(None, 32)}
     with pytest.raises(InputError, match="learning_rates must be three"):
         default_operations(learning_rates=(1e-3,))
+
+
+def test_bad_settings_of_align_and_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="examples must be at least 2, got examples=1"):
+        Align(name="a", examples=1)
+    with pytest.raises(InputError, match=r"l2 must be >= 0, got l2=-0.1"):
+        Fit(name="f", l2=-0.1)
+    with pytest.raises(InputError, match="evaluations must be at least 1, got 0"):
+        Fit(name="f", evaluations=0)
+
+
+def test_align_is_open_below_the_head_and_fit_at_it() -> None:
+    align, fit = Align(name="a"), Fit(name="f")
+    assert [align.applies(level, 3) for level in range(3)] == [True, True, False]
+    assert [fit.applies(level, 3) for level in range(3)] == [False, False, True]
+    assert align.applies(0, 1) and fit.applies(0, 1)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def network_settings(
     if name == "q-learning":
         return None
     if name == "ppo":  # a policy's logits: no state value to add to, no members to average
-        settings = replace(settings, dueling=False, n_members=1, pessimism=0.0)
+        settings = replace(settings, dueling=False, n_members=1, pessimism=0.0, schedule=None)
     return NetworkSettings(
         n_levels=n_levels,
         n_features=n_features,
@@ -109,6 +109,8 @@ def network_settings(
         controller=settings.controller,
         n_members=settings.n_members,
         pessimism=settings.pessimism,
+        schedule=settings.schedule,
+        progress=settings.progress,
     )
 
 

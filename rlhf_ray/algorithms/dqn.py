@@ -77,6 +77,7 @@ class HandoverDQN(HandoverAlgorithm):
             ],
         )
         n_updates = max(1, round(self._settings.updates_per_step * sum(map(len, episodes))))
+        self._note_tried()
         batches = self.local_replay_buffer.sample(n_updates, self._settings.batch_size)
         learned = self._learner.update_on(batches, learning_rates=[rate] * n_updates)
         self._trial_counts["updates"] += n_updates
@@ -87,6 +88,7 @@ class HandoverDQN(HandoverAlgorithm):
     def _relearn(self) -> dict[str, float]:
         n_updates = self._trial_counts["updates"]
         self._learner.start_over()
+        self._note_tried()
         learned = self._learner.update_on(
             self.local_replay_buffer.sample(
                 n_updates,
@@ -98,6 +100,10 @@ class HandoverDQN(HandoverAlgorithm):
         )
         self._trial_counts["updates"] += n_updates
         return learned
+
+    def _note_tried(self) -> None:
+        met = self.local_replay_buffer.stored()
+        self._learner.networks.note_tried(met.features, met.level, met.action)
 
     def remember(
         self, episodes: Sequence[Sequence[Turn]], implied: Sequence[Transitions] = ()

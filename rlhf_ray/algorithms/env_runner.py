@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
@@ -224,12 +225,21 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
             by=settings.explore_by,
             again=again,
             persistence=settings.persistence,
+            usual=self._scheduled(level, observation["features"]),
+            adherence=settings.adherence,
         )
         if action is not None:
             return action
         sampled = self.config.samples_actions and slot.episode.custom_data["explore"]
         noise = gumbel_noise(seed, slot.number, step, len(mask_A)) if sampled else 0.0
         return self.module[level].act(observation, noise)
+
+    def _scheduled(self, level: str, features: np.ndarray) -> int | None:
+        settings: AlgorithmSettings = self.config.settings
+        if settings.schedule is None:
+            return None
+        done = round(float(features[settings.progress]) * len(settings.schedule))
+        return settings.schedule[done][self.config.levels.index(level)]
 
     def get_metrics(self) -> Any:
         """Nothing: the algorithm makes the metrics from the episodes themselves."""

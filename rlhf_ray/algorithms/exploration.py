@@ -50,6 +50,8 @@ def exploring_action(
     by: ExploreBy = "step",
     again: int | None = None,
     persistence: float = 0.0,
+    usual: int | None = None,
+    adherence: float = 0.0,
 ) -> int | None:
     """The random action of this step, or None to act greedily.
 
@@ -64,6 +66,9 @@ def exploring_action(
             none.
         persistence: probability that a random action is that one, if it is valid: what pays only
             when it is done several times over is found (Dabney et al. 2021).
+        usual: the schedule's action; None: there is none.
+        adherence: probability that it is taken instead of a random one, if it is valid: what is
+            tried is then mostly what lies around the schedule.
 
     Returns:
         A valid action or None. A larger epsilon only adds steps at which it is not None.
@@ -74,6 +79,8 @@ def exploring_action(
         coin = np.random.default_rng(derive_seed(seed, "explore", episode)).random()
     if coin >= epsilon:
         return None
+    if usual is not None and mask_A[usual] and generator.random() < adherence:
+        return usual
     if again is not None and mask_A[again] and repeat < persistence:
         return again
     valid = np.flatnonzero(mask_A)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.errors import RlhfRayError
-from rlhf_ray.policies.networks import LevelQNetworks, masked
+from rlhf_ray.policies.networks import LevelQNetworks, decided, masked
 
 if TYPE_CHECKING:
     from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
@@ -188,6 +188,11 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts)
 
+    def stored(self) -> Transitions:
+        """All transitions, in the order in which they came."""
+        self._parts = [Transitions.concatenate(self._parts)]
+        return self._parts[0]
+
     def add(self, transitions: Transitions) -> None:
         """Appends transitions."""
         self._parts.append(transitions)
@@ -212,8 +217,7 @@ class ReplayBuffer:
         Yields:
             U batches of B transitions.
         """
-        stored = Transitions.concatenate(self._parts)
-        self._parts = [stored]
+        stored = self.stored()
         index = self._generator.integers(len(stored), size=(n_batches, batch_size))
         rare = np.flatnonzero(~np.isin(stored.action.numpy(), common_actions))
         if rare.size and (n_rare := round(rare_share * batch_size)):
@@ -261,6 +265,10 @@ def td_targets(
     """
     following = target(batch.next_features, batch.next_level)
     chooser = online(batch.next_features, batch.next_level) if double_q else following
+    settings = online.settings
+    if settings.schedule is not None:  # as the policy decides: one action for all members
+        chooser = decided(chooser, batch.next_features, batch.next_level, settings, online.tried)
+        chooser = chooser.expand(following.shape)
     # after the end no action is valid; whatever is chosen there is multiplied by 0
     best = masked(chooser, batch.next_mask).argmax(dim=-1, keepdim=True)
     value = following.gather(-1, best).squeeze(-1)

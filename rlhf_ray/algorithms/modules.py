@@ -39,7 +39,7 @@ class LevelModule(TorchRLModule):
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         observation = batch[Columns.OBS]
-        values = masked(self.q.values(observation["features"]), observation["action_mask"])
+        values = masked(self.q.decided(observation["features"]), observation["action_mask"])
         return {Columns.ACTIONS: values.argmax(dim=-1)}
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class LevelModule(TorchRLModule):
         be ready, and results on timing.
         """
         features = torch.from_numpy(observation["features"]).float().unsqueeze(0)
-        values = self.q.values(features)[0].numpy() + noise
+        values = self.q.decided(features)[0].numpy() + noise
         return int(np.where(observation["action_mask"] != 0, values, -np.inf).argmax())
 
 

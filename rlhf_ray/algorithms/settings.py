@@ -25,6 +25,9 @@ class AlgorithmSettings:
         explore_by: "step": each step explores or does not; "episode": an episode is random
             altogether or greedy altogether. Trials then have all that they explore in common.
         persistence: probability that a random action repeats the operation before it, in [0, 1).
+        schedule: see `rlhf_ray.policies.networks.NetworkSettings`; "dqn" only.
+        progress: see there.
+        adherence: probability that a step that explores takes the schedule's action, in [0, 1).
         episodes_per_iteration: episodes per call of `train()`, >= 1; the weights stay as they are
             while they are played. None: the algorithm's own (`completed`).
         learning_rate: Adam's at the start, > 0; it falls linearly to a tenth over the trial. None:
@@ -61,6 +64,9 @@ class AlgorithmSettings:
     warm_up: float = 0.0
     explore_by: ExploreBy = "step"
     persistence: float = 0.0
+    schedule: tuple[tuple[int, ...], ...] | None = None
+    progress: int = 0
+    adherence: float = 0.0
     episodes_per_iteration: int | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
@@ -85,7 +91,8 @@ class AlgorithmSettings:
     def __post_init__(self) -> None:
         for name in ("gamma", "epsilon", "decay_fraction"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
-        _check("persistence", self.persistence, 0.0 <= self.persistence < 1.0, "in [0, 1)")
+        for name in ("persistence", "adherence"):
+            _check(name, getattr(self, name), 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
         held = 0.0 <= self.warm_up <= self.decay_fraction
         _check("warm_up", self.warm_up, held, f"in [0, decay_fraction={self.decay_fraction}]")
         for name in ("n_episodes", "episodes_per_iteration", "batch_size", "num_envs_per_runner"):

@@ -7,35 +7,30 @@ by the same rule. What is charged in which unit stands in `env`; seconds are mea
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from rlhf_ray.engine.fitting import layer_inputs, output_layer, output_loss
 from rlhf_ray.engine.segments import SegmentPlan, no_fast_path
 from rlhf_ray.levels import LevelSplit
-from rlhf_ray.tasks import Task, map_inputs, n_examples
+from rlhf_ray.operations import FlopCounts
+from rlhf_ray.tasks import Task, call_model, map_inputs, n_examples
+
+_aten = torch.ops.aten
+# torch before 2.15 counts nothing for the CPU's fused attention, whose arguments are the others'
+for _cpu, _other in (
+    (_aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention),
+    (
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        _aten._scaled_dot_product_flash_attention_backward,
+    ),
+):
+    flop_registry.setdefault(_cpu, flop_registry[_other])
 
 _BATCH = 2
 """Examples per measurement; batch statistics need more than one."""
-
-
-class PerExample(Protocol):
-    """FLOPs per example, whoever counted them; `FlopModel` says what they are."""
-
-    @property
-    def usable(self) -> tuple[bool, ...]:
-        """Per boundary 0 ... L - 1: whether it can be cached."""
-        ...
-
-    def forward(self, start: int, stop: int) -> float:
-        """Of an eval-mode run."""
-        ...
-
-    def train_step(self, levels: tuple[int, ...]) -> float:
-        """Of a training step."""
-        ...
 
 
 class FlopModel:
@@ -65,6 +60,7 @@ class FlopModel:
         self._targets = y[index.to(y.device)].to(device)
         self._forward: dict[tuple[int, int], float] = {}
         self._train: dict[tuple[int, ...], float] = {}
+        self._output: float | None = None
 
     def forward(self, start: int, stop: int) -> float:
         """FLOPs per example of an eval-mode run between usable boundaries; stop = L: the output."""
@@ -96,6 +92,26 @@ class FlopModel:
                     torch.autograd.grad(loss, weights, allow_unused=True)
             self._train[levels] = counter.get_total_flops() / _BATCH
         return self._train[levels]
+
+    def output_step(self) -> float:
+        """FLOPs per example of the loss and its gradient, as functions of the output layer alone.
+
+        0 for a model that does not end with a linear layer.
+        """
+        if self._output is None:
+            with _measuring(self._model):
+                self._output = self._output_step()
+        return self._output
+
+    def _output_step(self) -> float:
+        layer = output_layer(self._model, self._split, self._inputs)
+        if layer is None:
+            return 0.0
+        features = layer_inputs(layer, lambda: call_model(self._model, self._inputs))
+        layer.requires_grad_(True)
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            output_loss(layer, features, self._targets, self._loss)
+        return counter.get_total_flops() / _BATCH
 
     def full_stage(self, steps: int = 20, batch_size: int = 64) -> float:
         """The unit of cost: so many training steps over the whole model."""
@@ -244,12 +260,13 @@ def start_flops(flops: FlopModel, n_val: int, *, n_probe: int = 0) -> StageFlops
 
 
 def stage_flops(
-    flops: PerExample,
+    flops: FlopCounts,
     history: Sequence[tuple[int, ...]],
     *,
     n_train: int,
     n_val: int,
     n_drawn: int | Sequence[int],
+    own: float | None = None,
 ) -> StageFlops:
     """Cost of the last stage of a path, whoever carried out which part of it before.
 
@@ -259,6 +276,8 @@ def stage_flops(
         n_train: examples in the train split.
         n_val: examples evaluated after each stage.
         n_drawn: examples drawn by a stage (steps x batch size): of each, or the same for all.
+        own: FLOPs of the last stage's own work (`Operation.flops`); None: of training its levels
+            on the examples that it draws.
 
     Returns:
         The stage's FLOPs.
@@ -270,6 +289,6 @@ def stage_flops(
     assert work is not None, "history must hold the stage to account"
     return StageFlops(
         fill=work.n_filled * flops.forward(work.fill_from, work.fill_to),
-        train=drawn[-1] * flops.train_step(tuple(history[-1])),
+        train=drawn[-1] * flops.train_step(tuple(history[-1])) if own is None else own,
         evaluate=n_val * flops.forward(work.evaluate_from, len(flops.usable)),
     )

@@ -6,15 +6,31 @@ of each level's activation moments against the source data.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.engine.alignment import OutputMoments
 from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.levels import LevelSplit
 
 Moments = list[tuple[Tensor, Tensor]]
 """Per level: mean and variance of its output per feature, float32 (F,) each."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourceMoments:
+    """How a pretrained model's activations are distributed on its source data.
+
+    Attributes:
+        levels: of each level's output, for the probe of the observation.
+        outputs: of its weighted modules' outputs, for `operations.Align`.
+    """
+
+    levels: Moments
+    outputs: OutputMoments
+
 
 EPSILON = 1e-6
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.engine.activations import ActivationCache
+from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
 from rlhf_ray.engine.splits import SplitData, Splits
 from rlhf_ray.errors import InputError
@@ -111,13 +112,15 @@ class LoadedModel:
         self.pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
         self._activations = ActivationCache(settings.cache_bytes)
-        self.plan: SegmentPlan = plan_segments(self.model, self.split, self.place(example))
+        example = self.place(example)
+        self.plan: SegmentPlan = plan_segments(self.model, self.split, example)
         self._splits = Splits(
             lambda inputs: self.plan.start(self.place(inputs)),
             val_size=settings.val_size,
             max_bytes=settings.cache_bytes,
         )
-        self._example_bytes = self._measure(self.place(example))
+        self._example_bytes = self._measure(example)
+        self.output_layer = output_layer(self.model, self.split, example)
 
     def _takes_channels_last(self, example: Inputs) -> bool:
         """Turns the model to channels-last, and back if its code cannot do with such strides.

@@ -19,6 +19,7 @@ class FlopTable:
     usable: tuple[bool, ...]
     forwards: Mapping[tuple[int, int], float]
     train_steps: Mapping[tuple[int, ...], float]
+    output: float
 
     def forward(self, start: int, stop: int) -> float:
         """Of an eval-mode run between usable boundaries; stop = L: the output."""
@@ -27,6 +28,10 @@ class FlopTable:
     def train_step(self, levels: tuple[int, ...]) -> float:
         """Of a training step of some levels."""
         return self.train_steps[levels]
+
+    def output_step(self) -> float:
+        """Of the loss and its gradient as functions of the output layer alone."""
+        return self.output
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,12 +49,14 @@ class StagePrices:
     def __call__(self, task: str, path: StagePath) -> float:
         """The price of a path's last stage on a task; the path is not empty."""
         n_train, n_val = self.sizes[task]
+        table, last = self.tables[task], path[-1]
         return stage_flops(
-            self.tables[task],
+            table,
             [step.levels for step in path],
             n_train=n_train,
             n_val=n_val,
             n_drawn=[step.operation.examples_drawn(n_train) for step in path],
+            own=last.operation.flops(table, last.levels, n_train),
         ).total
 
 
@@ -60,4 +67,5 @@ def flop_table(flops: FlopModel, level_sets: Iterable[tuple[int, ...]]) -> FlopT
         usable=flops.usable,
         forwards={pair: flops.forward(*pair) for pair in itertools.combinations(ends, 2)},
         train_steps={levels: flops.train_step(levels) for levels in level_sets},
+        output=flops.output_step(),
     )

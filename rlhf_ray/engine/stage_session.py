@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.engine.loaded_model import Load, LoadedModel
+from rlhf_ray.engine.alignment import OutputMoments, aligning, weighted_modules
+from rlhf_ray.engine.fitting import fit_output, layer_inputs
+from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.engine.training import (
     batch_order,
@@ -15,7 +17,8 @@ from rlhf_ray.engine.training import (
     optimizer_state,
     train_steps,
 )
-from rlhf_ray.operations import Operation, Train
+from rlhf_ray.errors import InputError
+from rlhf_ray.operations import NEEDS, Align, Fit, Operation, Train, span
 from rlhf_ray.outcomes import PRETRAINED, LevelState, Outcome
 from rlhf_ray.tasks import Task
 
@@ -31,6 +34,7 @@ class Session:
         parent: Outcome,
         load: Load,
         seed: int,
+        source: OutputMoments,
     ) -> None:
         self.levels = levels
         self.task = task
@@ -40,6 +44,7 @@ class Session:
         self._loaded = loaded
         self._parent = parent
         self._load = load
+        self._source = source
         self._losses: list[Tensor] = []
         self._kept: dict[str, Tensor] = {}
         self._kept_name = ""
@@ -92,6 +97,45 @@ class Session:
         if settings.keep_optimizer_state:
             self._kept = optimizer_state(optimizer, parameters)
             self._kept_name = settings.optimizer
+
+    def align(self, settings: Align) -> None:
+        """Gives the outputs of the session's levels the moments that they have on the source."""
+        loaded, plan = self._loaded, self._loaded.plan
+        data = loaded.data(self.task, "train")
+        start, stop = span(plan.usable, self.levels)
+        n = settings.examples_drawn(data.n)
+        take = loaded.train_source(self.task, self._parent.versions, start, n)
+        drawn = torch.randperm(data.n, generator=self.generator)[:n].to(loaded.device)
+        modules = weighted_modules(loaded.model, loaded.split, self.levels)
+        with torch.no_grad(), aligning(modules, self._source):
+            values = take(drawn)
+            if stop == plan.n_levels:
+                loaded.output(values, start)
+            else:
+                with loaded.autocast():
+                    plan.forward(values, start, stop)
+
+    def fit(self, settings: Fit) -> None:
+        """Fits the output layer to the task's train split."""
+        loaded = self._loaded
+        data = loaded.data(self.task, "train")
+        layer = loaded.output_layer
+        if layer is None:
+            raise InputError(f"{settings.name} must have {NEEDS['output layer']}.")
+        start, _ = span(loaded.plan.usable, self.levels)
+        take = loaded.train_source(self.task, self._parent.versions, start, data.n)
+        chunks = torch.arange(data.n, device=loaded.device).split(CHUNK)
+        features = layer_inputs(layer, lambda: [loaded.output(take(i), start) for i in chunks])
+        self._losses.append(
+            fit_output(
+                layer,
+                features,
+                data.targets,
+                self.task.loss,
+                l2=settings.l2,
+                evaluations=settings.evaluations,
+            )
+        )
 
     def carry_out(self, operation: Operation) -> None:
         """Runs an operation with the stage's own seed for everything drawn by modules (dropout)."""

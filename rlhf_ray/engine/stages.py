@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_ray.digests import derive_seed
+from rlhf_ray.engine.alignment import output_moments, weighted_modules
 from rlhf_ray.engine.costs import FlopModel, StageFlops, stage_flops, start_flops
-from rlhf_ray.engine.descriptors import Moments, activation_shift, gradient_norms, level_moments
+from rlhf_ray.engine.descriptors import (
+    SourceMoments,
+    activation_shift,
+    gradient_norms,
+    level_moments,
+)
 from rlhf_ray.engine.loaded_model import EngineSettings, Load, LoadedModel
 from rlhf_ray.engine.prices import StagePrices, flop_table
 from rlhf_ray.engine.segments import SegmentPlan
@@ -59,7 +65,7 @@ class Engine:
         suite: Suite,
         settings: EngineSettings | None = None,
         *,
-        source_moments: Moments | None = None,
+        source_moments: SourceMoments | None = None,
     ) -> None:
         self.settings = settings or EngineSettings()
         self.identity = suite_identity(suite, self.settings)
@@ -86,6 +92,7 @@ class Engine:
         with level_moments(self._loaded.model, self._loaded.split) as moments:
             outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
         metric, loss, entropy = _figures(task, outputs, val.targets)
+        source = self.source_moments()
         gradient, probe_loss = self._gradient_probe(task)
         return Outcome(
             key=self.identity.key(request),
@@ -98,7 +105,7 @@ class Engine:
             versions=pretrained,
             descriptors={
                 "gradient_norm": gradient,
-                **activation_shift(moments(), self.source_moments()),
+                **activation_shift(moments(), source.levels if source else None),
             },
             meta=self._meta,
         )
@@ -121,8 +128,17 @@ class Engine:
         task = self._suite.task(request.task)
         key = self.identity.key(request)
         step = request.path[-1]
+        source = self.source_moments()  # asks the pretrained model, so before the state is loaded
         self._loaded.load(parent.versions, load)
-        session = Session(self._loaded, task, step.levels, parent, load, derive_seed("stage", key))
+        session = Session(
+            self._loaded,
+            task,
+            step.levels,
+            parent,
+            load,
+            derive_seed("stage", key),
+            source.outputs if source else {},
+        )
         self._loaded.mark(step.levels, None)  # dirty until the stage has ended well
         session.carry_out(step.operation)
         versions = tuple(
@@ -215,12 +231,14 @@ class Engine:
         flops = self._flop_model(task)
         if not request.path:
             return start_flops(flops, n_val, n_probe=min(self.settings.probe_size, n_train))
+        last = request.path[-1]
         return stage_flops(
             flops,
             [step.levels for step in request.path],
             n_train=n_train,
             n_val=n_val,
             n_drawn=[step.operation.examples_drawn(n_train) for step in request.path],
+            own=last.operation.flops(flops, last.levels, n_train),
         )
 
     def _gradient_probe(self, task: Task) -> tuple[tuple[float, ...], float]:
@@ -237,14 +255,20 @@ class Engine:
             ),
         )
 
-    def source_moments(self) -> Moments | None:
+    def source_moments(self) -> SourceMoments | None:
         """Activation moments of the pretrained model on the source data; None without any."""
         if self._suite.source is not None and self._source is None:
-            self._loaded.load((PRETRAINED,) * self.n_levels, load=None)
-            values = self.plan.start(self._loaded.place(self._suite.source))
-            with level_moments(self._loaded.model, self._loaded.split) as moments, torch.no_grad():
+            loaded = self._loaded
+            loaded.load((PRETRAINED,) * self.n_levels, load=None)
+            values = self.plan.start(loaded.place(self._suite.source))
+            modules = weighted_modules(loaded.model, loaded.split, range(self.n_levels))
+            with (
+                level_moments(loaded.model, loaded.split) as levels,
+                output_moments(modules) as outputs,
+                torch.no_grad(),
+            ):
                 self.plan.output(values, 0)
-            self._source = moments()
+            self._source = SourceMoments(levels=levels(), outputs=outputs())
         return self._source
 
     @functools.cached_property

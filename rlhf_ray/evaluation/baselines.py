@@ -20,7 +20,7 @@ from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.optimum import best_fine_tuning
 from rlhf_ray.evaluation.rollouts import Episode, play
 from rlhf_ray.evaluation.task_search import asha, check_installed, tpe
-from rlhf_ray.operations import Train
+from rlhf_ray.operations import Skip, Stop, Train
 from rlhf_ray.outcomes import StagePath, StageStep
 from rlhf_ray.process import State, start_request
 
@@ -64,6 +64,21 @@ def _repeated(
     ]
 
 
+def _others(bench: Bench) -> list[Candidate]:
+    """The search's operations that do not train, at every level that they are open to."""
+    names, found = bench.spec.levels, []
+    for operation in bench.spec.operations:
+        if isinstance(operation, Train | Skip | Stop):
+            continue
+        for level in range(len(names)):
+            levels = operation.levels(level, len(names))
+            if levels and operation.applies(level, len(names)):
+                step = StageStep(operation=operation, levels=levels)
+                settings = {"levels": [names[i] for i in levels], "operation": operation.name}
+                found.append(Candidate(settings=settings, path=_always([step] * bench.horizon)))
+    return found
+
+
 def _growing(bench: Bench, sets: Sequence[Sequence[int]]) -> list[Candidate]:
     """One set of levels after another, the last one to the horizon; one per learning rate."""
     sets = [*sets, *[sets[-1]] * bench.horizon][: bench.horizon]
@@ -98,14 +113,16 @@ def _chosen(
 
 
 def fixed(bench: Bench) -> Chosen:
-    """One set of levels, learning rate and length for all tasks, tuned on the train tasks.
+    """One operation, learning rate and length for all tasks, tuned on the train tasks.
 
-    The levels: one, from one up, or all. Successive halving spends at most `max_stages` distinct
-    stages on the train tasks; the three best are settled on the val tasks.
+    Training one level, from one up, or all; or any other operation of the search. Successive
+    halving spends at most `max_stages` distinct stages on the train tasks; the three best are
+    settled on the val tasks.
     """
     n = bench.spec.n_levels
     sets = [(level,) for level in range(n)] + [tuple(range(level, n)) for level in range(n - 1)]
     candidates = [candidate for levels in sets for candidate in _repeated(bench, levels)]
+    candidates += _others(bench)
     plan = plan_halving(len(candidates), len(bench.train_tasks), bench.horizon, bench.max_stages)
     rng = np.random.default_rng(derive_seed(bench.seed, "fixed"))
     order = [bench.train_tasks[i] for i in rng.permutation(len(bench.train_tasks))]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rlhf_ray.config import SearchConfig, with_defaults
 from rlhf_ray.engine.stages import Engine
+from rlhf_ray.engine.support import supported
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.running import BaselineResults
 from rlhf_ray.evaluation.running import run_baselines as run_on
@@ -49,7 +50,7 @@ def run_baselines(
     assert isinstance(metric, Metric)
     spec = process_spec(
         tuple(suite.levels),
-        config.operations(),
+        supported(suite, config.operations(), asked=config.only_operations)[0],
         engine,
         metric,
         config.observer(suite),

@@ -91,13 +91,13 @@ def _changed(network: LevelQNetwork, decisions: Sequence[Decision]) -> dict[int,
     mask_NA = torch.from_numpy(np.stack([d.mask for d in decisions]) != 0)
     n, shares = len(decisions), {}
     with torch.no_grad():
-        chosen_N = masked(network.values(features_NF), mask_NA).argmax(-1)
+        chosen_N = masked(network.decided(features_NF), mask_NA).argmax(-1)
         for f in range(features_NF.shape[1]):
             if (features_NF[:, f] == features_NF[0, f]).all():
                 continue
             swapped = features_NF.repeat_interleave(n, dim=0)  # row i * n + j: i with j's value
             swapped[:, f] = features_NF[:, f].repeat(n)
-            values = masked(network.values(swapped), mask_NA.repeat_interleave(n, dim=0))
+            values = masked(network.decided(swapped), mask_NA.repeat_interleave(n, dim=0))
             changed = int((values.argmax(-1) != chosen_N.repeat_interleave(n)).sum())
             if changed:
                 shares[f] = changed / (n * (n - 1))

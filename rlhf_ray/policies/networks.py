@@ -22,6 +22,9 @@ from rlhf_ray.errors import InputError
 EncoderKind = Literal["shared", "separate"]
 Controller = Literal["levels", "single"]
 
+UNTRIED = -1e6
+"""What an action counts that was not met often enough to leave a schedule for it."""
+
 HEAD_SCALE = 0.1
 """Initial scale of the heads: values of actions never tried start near 0, not at random."""
 
@@ -40,6 +43,14 @@ class NetworkSettings:
         controller: "levels": a head per level; "single": one head decides at every level's turn.
         n_members: M, independently initialised members of an ensemble, >= 1.
         pessimism: standard deviations over members that are taken off the mean, >= 0.
+        schedule: per stages done (rows) and acting level, the action that is taken unless another
+            is surely better; None: the highest value alone decides.
+        progress: place of the feature that tells stages done as a part of the schedule's rows.
+        least_tried: times that an action must have been met, after as many stages and at the same
+            level, before the schedule is left for it, >= 0.
+        assurance: standard deviations over members of its advantage over the schedule's action
+            that are taken off that advantage, >= 0.
+        margin: what is left must exceed this, >= 0.
     """
 
     n_levels: int
@@ -51,6 +62,11 @@ class NetworkSettings:
     controller: Controller = "levels"
     n_members: int = 1
     pessimism: float = 0.0
+    schedule: tuple[tuple[int, ...], ...] | None = None
+    progress: int = 0
+    least_tried: int = 5
+    assurance: float = 2.0
+    margin: float = 0.01
 
     def __post_init__(self) -> None:
         sizes = {
@@ -86,7 +102,9 @@ class NetworkSettings:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "NetworkSettings":
         """The settings that `to_json` wrote."""
-        return cls(**{**fields, "hidden": tuple(fields["hidden"])})
+        rows = fields.get("schedule")
+        schedule = None if rows is None else tuple(tuple(row) for row in rows)
+        return cls(**{**fields, "hidden": tuple(fields["hidden"]), "schedule": schedule})
 
 
 class MemberLinear(nn.Module):
@@ -112,8 +130,19 @@ class MemberLinear(nn.Module):
 class LevelQNetwork(nn.Module):
     """One level's policy: encoder and head, either perhaps shared with other levels."""
 
-    def __init__(self, encoder: nn.ModuleList, head: MemberLinear, settings: NetworkSettings):
+    tried: Tensor | None
+
+    def __init__(
+        self,
+        encoder: nn.ModuleList,
+        head: MemberLinear,
+        settings: NetworkSettings,
+        level: int,
+        tried: Tensor | None,
+    ) -> None:
         super().__init__()
+        self.index = level
+        self.register_buffer("tried", tried)
         self.encoder = encoder
         self.head = head
         self.settings = settings
@@ -133,8 +162,13 @@ class LevelQNetwork(nn.Module):
         return _q_values(self.head(x), self.settings)
 
     def values(self, features_BF: Tensor) -> Tensor:
-        """(B, A) Q-values to act on: the mean over members less `pessimism` deviations."""
+        """(B, A) Q-values: the mean over members less `pessimism` deviations."""
         return pessimistic(self(features_BF), self.settings.pessimism)
+
+    def decided(self, features_BF: Tensor) -> Tensor:
+        """(B, A) values by which to act: see `decided`."""
+        level_B = torch.full((len(features_BF),), self.index)
+        return decided(self(features_BF), features_BF, level_B, self.settings, self.tried)
 
 
 class LevelQNetworks(nn.Module):
@@ -145,18 +179,32 @@ class LevelQNetworks(nn.Module):
         seed: of the initial weights; equal seeds give equal weights.
     """
 
+    tried: Tensor | None
+
     def __init__(self, settings: NetworkSettings, *, seed: int = 0) -> None:
         super().__init__()
         self.settings = settings
         n_encoders = 1 if settings.encoder == "shared" else settings.n_levels
         self.encoders = nn.ModuleList(_encoder(settings, seed, i) for i in range(n_encoders))
         self.heads = nn.ModuleList(_head(settings, seed, i) for i in range(settings.n_heads))
+        shape = (len(settings.schedule or ()), settings.n_levels, settings.n_actions)
+        self.register_buffer("tried", torch.zeros(shape) if settings.schedule else None)
 
     def level(self, level: int) -> LevelQNetwork:
         """One level's network; its parameters are the ones held here."""
         encoder = self.encoders[level % len(self.encoders)]
         head = self.heads[level % len(self.heads)]
-        return LevelQNetwork(encoder, head, self.settings)  # pyright: ignore[reportArgumentType]
+        return LevelQNetwork(encoder, head, self.settings, level, self.tried)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def note_tried(self, features_NF: Tensor, level_N: Tensor, action_N: Tensor) -> None:
+        """Counts, where there is a schedule, how often each action was met, by stages and level."""
+        if self.tried is None:
+            return
+        done_N = stages_done(features_NF, self.settings)
+        n, (_, n_levels, n_actions) = self.tried.numel(), self.tried.shape
+        place_N = (done_N * n_levels + level_N) * n_actions + action_N
+        self.tried.copy_(torch.bincount(place_N, minlength=n).view(self.tried.shape))
 
     def forward(self, features_BF: Tensor, level_B: Tensor) -> Tensor:
         """Q-values of a mixed batch, each row by its own level's network.
@@ -201,6 +249,44 @@ def pessimistic(values_MBA: Tensor, pessimism: float) -> Tensor:
     if pessimism == 0.0 or values_MBA.shape[0] == 1:
         return mean
     return mean - pessimism * values_MBA.std(dim=0, correction=0)
+
+
+def stages_done(features_BF: Tensor, settings: NetworkSettings) -> Tensor:
+    """(B,) int64, as the features tell it; needs a schedule."""
+    horizon = len(settings.schedule or ())
+    return (features_BF[:, settings.progress] * horizon).round().long().clamp(0, horizon - 1)
+
+
+def decided(
+    values_MBA: Tensor,
+    features_BF: Tensor,
+    level_B: Tensor,
+    settings: NetworkSettings,
+    tried: Tensor | None,
+) -> Tensor:
+    """(B, A) values by which a policy decides, the highest open one.
+
+    Without a schedule: see `pessimistic`. With one: the members' mean advantage over the schedule's
+    action less `assurance` deviations of it, and `margin` for that action itself, so that it is
+    departed from only where that is surely better and has been tried (safe policy improvement with
+    baseline bootstrapping, Laroche et al. 2019, which goes by counts; an ensemble's spread, too).
+
+    Args:
+        values_MBA: Q-values of the members.
+        features_BF: they are of.
+        level_B: int64, who acts.
+        settings: of the networks.
+        tried: (stages done, level, action): how often it was met; None without a schedule.
+    """
+    if settings.schedule is None or tried is None:
+        return pessimistic(values_MBA, settings.pessimism)
+    done_B = stages_done(features_BF, settings)
+    place_B1 = torch.tensor(settings.schedule)[done_B, level_B].unsqueeze(-1)
+    usual_MB1 = values_MBA.gather(-1, place_B1.expand(len(values_MBA), -1, 1))
+    sure = pessimistic(values_MBA - usual_MB1, settings.assurance)
+    # below every other, but above what is not open: the schedule's action may not be open itself
+    sure = sure.where(tried[done_B, level_B] >= settings.least_tried, UNTRIED)
+    return sure.scatter(-1, place_B1, settings.margin)
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:

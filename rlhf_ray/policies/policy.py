@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rlhf_ray.digests import digest
-from rlhf_ray.engine.descriptors import Moments
+from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.policies.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
 from rlhf_ray.policies.q_table import from_weights
@@ -37,8 +37,10 @@ WEIGHTS_NAME = "policy.safetensors"
 
 KINDS = ("network", "tabular")
 
-MOMENTS = "source_moments/"
-"""Begins the names of the activation moments among the tensors."""
+MOMENTS, OUTPUTS = "source_moments/", "source_outputs/"
+"""Begin the names of the activation moments among the tensors: of levels, and of modules."""
+
+PAIR = ("mean", "variance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,8 @@ class Policy:
         network: shape of the levels' networks; None: there are tables instead.
         weights: the networks' state dict, or the tables' tensors.
         metadata: JSON-able: package versions, the configuration that made the policy, ...
-        source_moments: per level, mean and variance (F,) of the pretrained model's activations on
-            the source data, which the observation's activation shift is against; None without.
+        source_moments: of the pretrained model's activations on the source data, which the
+            observation's activation shift and `Align` hold a task's against; None without.
     """
 
     levels: tuple[str, ...]
@@ -63,7 +65,7 @@ class Policy:
     network: NetworkSettings | None
     weights: Mapping[str, Tensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    source_moments: Moments | None = None
+    source_moments: SourceMoments | None = None
 
     def __post_init__(self) -> None:
         sizes = (len(self.levels), len(self.features), len(self.operations) * len(self.levels))
@@ -101,8 +103,17 @@ class Policy:
         return masked(values_A, torch.from_numpy(np.asarray(mask) != 0)).numpy()
 
     def act(self, level: int, features: np.ndarray, mask: np.ndarray) -> int:
-        """The valid action of highest value; arguments as for `values`."""
-        return int(self.values(level, features, mask).argmax())
+        """The valid action that the policy decides on; arguments as for `values`.
+
+        The one of highest value; with a schedule, that of the schedule unless another is surely
+        better (`rlhf_ray.policies.networks.decided`).
+        """
+        if self.network is None or self.network.schedule is None:
+            return int(self.values(level, features, mask).argmax())
+        view: Any = self._views[level]  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.no_grad():
+            values_A = view.decided(torch.from_numpy(np.float32(features)).unsqueeze(0))[0]
+        return int(masked(values_A, torch.from_numpy(np.asarray(mask) != 0)).argmax())
 
     def check(
         self,
@@ -194,7 +205,7 @@ class Policy:
                 if content["kind"] == "tabular"
                 else NetworkSettings.from_json(content["network"])
             ),
-            weights={n: v for n, v in weights.items() if not n.startswith(MOMENTS)},
+            weights={n: v for n, v in weights.items() if not n.startswith((MOMENTS, OUTPUTS))},
             metadata=content["metadata"],
             source_moments=_moments_of(weights, len(content["levels"])),
         )
@@ -218,21 +229,32 @@ def _network_views(
     return tuple(networks.level(i) for i in range(shape.n_levels))
 
 
-def _moments_by_name(moments: Moments | None) -> dict[str, Tensor]:
+def _moments_by_name(moments: SourceMoments | None) -> dict[str, Tensor]:
+    if moments is None:
+        return {}
+    places = {f"{MOMENTS}{level}": pair for level, pair in enumerate(moments.levels)}
+    places |= {f"{OUTPUTS}{name}": pair for name, pair in moments.outputs.items()}
     return {
-        f"{MOMENTS}{level}/{name}": value
-        for level, pair in enumerate(moments or [])
-        for name, value in zip(("mean", "variance"), pair, strict=True)
+        f"{place}/{name}": value
+        for place, pair in places.items()
+        for name, value in zip(PAIR, pair, strict=True)
     }
 
 
-def _moments_of(tensors: Mapping[str, Tensor], n_levels: int) -> Moments | None:
+def _moments_of(tensors: Mapping[str, Tensor], n_levels: int) -> SourceMoments | None:
     if not any(name.startswith(MOMENTS) for name in tensors):
         return None
-    return [
-        (tensors[f"{MOMENTS}{level}/mean"], tensors[f"{MOMENTS}{level}/variance"])
-        for level in range(n_levels)
-    ]
+
+    def pair(place: str) -> tuple[Tensor, Tensor]:
+        mean, variance = (tensors[f"{place}/{name}"] for name in PAIR)
+        return mean, variance
+
+    means = [name for name in tensors if name.startswith(OUTPUTS) and name.endswith("/mean")]
+    modules = [name.removeprefix(OUTPUTS).removesuffix("/mean") for name in means]
+    return SourceMoments(
+        levels=[pair(f"{MOMENTS}{level}") for level in range(n_levels)],
+        outputs={name: pair(f"{OUTPUTS}{name}") for name in modules},
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

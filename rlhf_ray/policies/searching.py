@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config import WITHOUT_EPSILON
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Player
-from rlhf_ray.evaluation.rollouts import Episode, Stages, Tried
+from rlhf_ray.evaluation.rollouts import Decide, Episode, Stages, Tried
 from rlhf_ray.operations import Stop
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
@@ -67,9 +67,19 @@ def guided(
     def values(state: State, mask: NDArray[np.int8]) -> NDArray[np.float32]:
         return policy.values(state.level, observer.observe(weighed, state), mask)
 
+    def decide(state: State, mask: NDArray[np.int8]) -> int:
+        return policy.act(state.level, observer.observe(weighed, state), mask)
+
     def player(task: str, replica: int) -> Episode:
         return best_first(
-            weighed, values, stages, task, replica, gamma=learned["gamma"], n_stages=n_stages
+            weighed,
+            values,
+            stages,
+            task,
+            replica,
+            gamma=learned["gamma"],
+            n_stages=n_stages,
+            decide=decide,
         )
 
     return player
@@ -92,6 +102,7 @@ def best_first(
     *,
     gamma: float,
     n_stages: int,
+    decide: Decide | None = None,
 ) -> Episode:
     """Follows the policy to its end, then takes the most promising actions left, anywhere.
 
@@ -105,6 +116,7 @@ def best_first(
         replica: replica seed.
         gamma: the policy's discount.
         n_stages: stages to carry out beyond the policy's own, >= 0. Fewer where the tree ends.
+        decide: the policy's own decisions; None: the highest value.
 
     Returns:
         The fine-tuning that met the best val metric, charged with everything that was tried.
@@ -128,8 +140,9 @@ def best_first(
 
     node = root
     while not node.state.terminated:
-        values_A = values(node.state, action_mask(spec, node.state))
-        decided = int(values_A.argmax())
+        mask = action_mask(spec, node.state)
+        values_A = values(node.state, mask)
+        decided = decide(node.state, mask) if decide else int(values_A.argmax())
         frontier.add(node, values_A, but=decided)
         node = follow(node, decided)
     best, own = node, tried.n_stages

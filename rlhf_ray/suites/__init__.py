@@ -25,9 +25,8 @@ __all__ = ["SUITES", "load_suite"]
 TWO_LEVELS = {"conv": ["conv1", "conv2"], "dense": ["dense", "head"]}
 FOUR_LEVELS = {name: [name] for name in ("conv1", "conv2", "dense", "head")}
 
-FOUR_LEVELS_DEFAULTS = {"learning_rates": (1e-3, 3e-3, 1e-2), "episodes": 128}
-"""Levels of one layer take higher rates than those of several, and four levels have more to explore
-than two (see experiments/LOG.md)."""
+FOUR_LEVELS_DEFAULTS = {"learning_rates": (1e-3, 3e-3, 1e-2)}
+"""Levels of one layer take higher rates than those of several (see experiments/LOG.md)."""
 
 SUITES: dict[str, str] = {
     "digits": "scikit-learn's 1,797 digits; levels conv, dense; no network needed",

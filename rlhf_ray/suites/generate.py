@@ -37,22 +37,21 @@ def make_tasks(
     """The first `n_tasks` tasks of a role.
 
     Args:
-        role: "train", "val" or "test"; with the fold it chooses the families.
+        role: "train", "val" or "test"; with the fold it chooses the families (`groups`).
         n_tasks: how many, >= 1.
         pools: where images are drawn from.
         seed: of all draws.
-        fold: 0, 1 or 2; rotates which families go to which role.
+        fold: 0, 1 or 2; rotates which families are the test tasks'.
         sizes: examples per split.
 
     Returns:
         Tasks named for their shifts, `noise-0.62` or `shear-0.81+swap-0.47` (severities).
     """
-    group = (SPLITS.index(role) + fold) % N_GROUPS
     tasks: list[Task] = []
     taken: set[str] = set()
     for index in range(n_tasks):
         rng = Generator().manual_seed(derive_seed("task", seed, role, index))
-        shifts = [(family, _severity(rng)) for family in _families(role, index, group, seed)]
+        shifts = [(family, _severity(rng)) for family in _families(role, index, fold, seed)]
         label = "+".join(f"{family.name}-{severity:.2f}" for family, severity in shifts)
         name, again = label, 2
         while name in taken:  # the earlier tasks decide, so that later ones change nothing
@@ -71,12 +70,25 @@ def _severity(rng: Generator) -> float:
     return round(low + (high - low) * float(torch.rand((), generator=rng)), 2)
 
 
-def _families(role: str, index: int, group: int, seed: int) -> tuple[Family, ...]:
+def groups(role: str, fold: int) -> tuple[int, ...]:
+    """The groups of families of a role's tasks: one is the test tasks' alone.
+
+    Train and val tasks share all others, that policies learn on as many families as there are; what
+    they have in common with the test tasks is nothing but the kinds.
+
+    >>> [groups(role, 0) for role in ("train", "val", "test")]
+    [(0, 1), (0, 1), (2,)]
+    """
+    tested = (N_GROUPS - 1 + fold) % N_GROUPS
+    return (tested,) if role == "test" else tuple(g for g in range(N_GROUPS) if g != tested)
+
+
+def _families(role: str, index: int, fold: int, seed: int) -> tuple[Family, ...]:
     """The families of the index-th task; every round of a kind uses each of its families once."""
     rounds, place = divmod(index, len(KINDS))
     kind = KINDS[place]
     count = rounds * KINDS.count(kind) + KINDS[:place].count(kind)
-    mine = [family for family in FAMILIES if family.group == group]
+    mine = [family for family in FAMILIES if family.group in groups(role, fold)]
     outputs = [family for family in mine if family.kind == "output"]
     if kind == "composite":
         others = [family for family in mine if family.kind != "output"]

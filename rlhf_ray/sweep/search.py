@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.digests import digest
 from rlhf_ray.engine.stages import Engine, suite_identity
+from rlhf_ray.engine.support import supported
 from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.baselines import baselines_for
@@ -26,6 +27,7 @@ from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep.driver_lock import driver_lock
 from rlhf_ray.sweep.plan import PlannedTrial, plan_trials
 from rlhf_ray.sweep.results import BASELINES_FILE, SUMMARY_FILE, SWEEP_FILE, SearchResult
+from rlhf_ray.sweep.scheduling import SCHEDULE_FILE, scheduled
 from rlhf_ray.sweep.summing_up import sum_up
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
@@ -100,6 +102,7 @@ class Ground:
         identity: digest of suite, configuration and operations.
         trials: planned.
         operations: of the process.
+        left_out: lines about those that the suite has not what they need for.
         metric: of the suite's tasks; they agree on its direction.
     """
 
@@ -109,6 +112,7 @@ class Ground:
     identity: str
     trials: list[PlannedTrial]
     operations: tuple[Operation, ...]
+    left_out: list[str]
     metric: Metric
 
 
@@ -169,7 +173,7 @@ def _seconds_per_stage(ground: Ground) -> float:
     for operation in ground.operations:
         for level in range(engine.n_levels):
             levels = operation.levels(level, engine.n_levels)
-            if levels:
+            if levels and operation.applies(level, engine.n_levels):
                 path = (StageStep(operation=operation, levels=levels),)
                 answer = stages.outcome(StageRequest(task=task, path=path))
                 seconds.append(answer.outcome.time_s)
@@ -195,7 +199,8 @@ def prepare(
     baselines_for(config.baselines, tuple(suite.levels))
     check_observation(config)
     check_extras(config)
-    chosen = tuple(operations or config.operations())
+    wanted = [operation.name for operation in operations or ()] or config.only_operations
+    chosen, left_out = supported(suite, operations or config.operations(), asked=wanted)
     identity = _identity(suite, config, chosen)
     return Ground(
         suite=suite,
@@ -204,6 +209,7 @@ def prepare(
         identity=identity,
         trials=plan_trials(config),
         operations=chosen,
+        left_out=left_out,
         metric=metrics[0],
     )
 
@@ -224,7 +230,9 @@ def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation
 
 def _forget(storage: Storage, name: str) -> None:
     """Deletes all of a sweep but the lock, which this process holds."""
-    for file in (SWEEP_FILE, SUMMARY_FILE, BASELINES_FILE, PROGRESS_FILE, PAGE_FILE):
+    for file in (
+        SWEEP_FILE, SUMMARY_FILE, BASELINES_FILE, PROGRESS_FILE, PAGE_FILE, SCHEDULE_FILE,
+    ):  # fmt: skip
         storage.delete(f"{name}/{file}")
     for folder in storage.folders(name):
         storage.delete_prefix(f"{name}/{folder}")
@@ -318,6 +326,8 @@ def _run(
     _set_state(storage, ground.name, "running")
     progress.phase("starting Ray and the workers")
     engine = Engine(suite, config.engine_settings())
+    for line in ground.left_out:
+        progress.message(line)
     if engine.plan.reason:
         progress.message(f"not everything can be cached: {engine.plan.reason}")
     with running_ray(config) as dashboard, stage_workers(suite, config, progress) as handle:
@@ -336,6 +346,7 @@ def _run(
                 depth=config.prefill,
                 progress=progress,
             )
+        context = scheduled(context, progress)
         run_trials(context, ground.trials, handle, max_minutes=max_minutes, progress=progress)
         LivePage(storage, ground.name, progress).write()
         result = SearchResult(storage, ground.name)

@@ -6,8 +6,10 @@ from rlhf_ray.evaluation.judging import judge
 from rlhf_ray.evaluation.running import run_baselines
 from rlhf_ray.evaluation.statistics import against, rows, summarise
 from rlhf_ray.policies.finetuning import METHOD
+from rlhf_ray.policies.schedules import as_json
 from rlhf_ray.progress import Progress
 from rlhf_ray.sweep.results import BASELINES_FILE, BEST_POLICY, SearchResult, write_policy
+from rlhf_ray.sweep.scheduling import schedule_tally
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.tasks import Suite
 from rlhf_ray.tree.tally import TalliedStages, Tally
@@ -39,8 +41,12 @@ def sum_up(
     best = next(trial for trial in result.trials if trial["name"] == result.best_trial)
     policy = result.best_policy
     write_policy(context.storage, f"{context.sweep}/{BEST_POLICY}", policy)
+    trials = [trial for trial in result.trials if trial["status"] == "done"]
     searched = Tally.total(
-        Tally.from_json(trial["stages"]) for trial in result.trials if trial["status"] == "done"
+        [
+            schedule_tally(context.storage, context.sweep),
+            *(Tally.from_json(trial["stages"]) for trial in trials),
+        ]
     )
     progress.phase("baselines")
     baselines = run_baselines(
@@ -90,6 +96,7 @@ def sum_up(
         "stages": searched.summary(),
         **_experience(result),
         "stages_of_comparison": stages.tally.summary(),
+        "schedule": as_json(context.spec, context.schedule or ()),
         "best": {"trial": best["name"], **best["values"], **best["judged"]},
         "utility": {"tuning_cost": config.utility_cost, "switch_cost": config.utility_switch},
         "methods": summarise(by_method),

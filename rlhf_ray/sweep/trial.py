@@ -15,13 +15,14 @@ from rlhf_ray.algorithms import (
     notes_of,
 )
 from rlhf_ray.config import SWEPT, SearchConfig
-from rlhf_ray.engine.descriptors import Moments
+from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
 from rlhf_ray.evaluation.judging import Run, Utility, judge, summary_of
 from rlhf_ray.operations import operation_as_json
 from rlhf_ray.policies.attribution import Decision, drivers, recorded
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
+from rlhf_ray.policies.schedules import Schedule
 from rlhf_ray.process import ProcessSpec, RewardWeights
 from rlhf_ray.provenance import library_versions
 from rlhf_ray.storage import Storage
@@ -54,6 +55,7 @@ class TrialContext:
         metric: name of their metric.
         stages: client of the workers.
         source_moments: of the suite's source data, saved with each policy.
+        schedule: that policies start from; None: there is none.
     """
 
     sweep: str
@@ -66,7 +68,8 @@ class TrialContext:
     val_tasks: tuple[str, ...]
     metric: str
     stages: RayStages
-    source_moments: Moments | None
+    source_moments: SourceMoments | None
+    schedule: Schedule | None = None
 
     @property
     def utility(self) -> Utility:
@@ -102,7 +105,7 @@ class HandoverTrial(tune.Trainable):
         settings = replace(context.spec.settings, weights=weights)
         self._spec = replace(context.spec, settings=settings)
         stages = TalliedStages(context.stages, self._tally, namespace=self._name)
-        self._settings = algorithm_settings(context.config, self._values, self._spec)
+        self._settings = algorithm_settings(context, self._values)
         self._algorithm = build_algorithm(
             context.config.algorithm,
             env_creator=FineTuningEnv,

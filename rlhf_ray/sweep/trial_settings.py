@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.settings import AlgorithmSettings
-from rlhf_ray.config import SearchConfig
 from rlhf_ray.operations import Skip, Stop
-from rlhf_ray.process import ProcessSpec
+from rlhf_ray.policies.schedules import PROGRESS, decisions
 
 if TYPE_CHECKING:
     from rlhf_ray.sweep.trial import TrialContext
@@ -34,10 +33,13 @@ def process_record(context: "TrialContext") -> dict[str, Any]:
     }
 
 
-def algorithm_settings(
-    config: SearchConfig, values: Mapping[str, float], spec: ProcessSpec
-) -> AlgorithmSettings:
+def algorithm_settings(context: "TrialContext", values: Mapping[str, float]) -> AlgorithmSettings:
     """What a trial's algorithm is told."""
+    config, spec = context.config, context.spec
+    schedule, progress = None, 0
+    if context.schedule is not None:
+        schedule = decisions(spec, context.schedule)
+        progress = context.observer.names(spec).index(PROGRESS)
     in_flight = min(config.stages_in_flight, config.episodes)
     return AlgorithmSettings(
         gamma=values["gamma"],
@@ -48,6 +50,9 @@ def algorithm_settings(
         decay_fraction=config.decay_fraction,
         explore_by=config.explore_by,
         persistence=config.persistence,
+        schedule=schedule,
+        progress=progress,
+        adherence=config.adherence,
         controller=config.controller,
         batch_size=BATCH_SIZE,
         weight_decay=WEIGHT_DECAY,

@@ -25,7 +25,7 @@ from rlhf_ray.algorithms.handover import (
     turns,
 )
 from rlhf_ray.errors import InputError, RlhfRayError
-from rlhf_ray.policies.networks import LevelQNetworks
+from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
 from rlhf_ray.testing import known_optimum_env, random_problem
 
 torch.set_num_threads(1)
@@ -144,6 +144,7 @@ class Fixed(torch.nn.Module):
     def __init__(self, values):
         super().__init__()
         self.table = torch.nn.Parameter(torch.tensor(values))
+        self.settings = NetworkSettings(n_levels=2, n_features=1, n_actions=2)
 
     def forward(self, features, level):
         return self.table[level].unsqueeze(0)

@@ -127,6 +127,16 @@ def test_summary_keeps_its_contract(finished: Finished) -> None:
     assert (folder / "best_policy" / "policy.json").exists()
 
 
+def test_schedule_is_tuned_once_counted_and_followed(finished: Finished) -> None:
+    folder = finished.storage / finished.result.name
+    record = json.loads((folder / "schedule.json").read_text())
+    assert record["stages"]["logical"] >= len(record["moves"])
+    assert finished.result.summary["schedule"] == record["moves"]
+    network = finished.result.best_policy.network
+    assert network is not None and network.schedule is not None
+    assert len(network.schedule) == finished.config.horizon
+
+
 def test_policy_fine_tunes_a_task_it_never_saw(finished: Finished) -> None:
     suite = small_suite(task="new")
     tuned = finetune(suite.model, suite.levels, suite.test_tasks[0], finished.result.best_policy)

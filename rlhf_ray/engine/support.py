@@ -1,0 +1,68 @@
+"""Which operations a suite has what they need for (`operations.NEEDS`)."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from rlhf_ray.engine.alignment import weighted_modules
+from rlhf_ray.engine.fitting import output_layer
+from rlhf_ray.errors import InputError
+from rlhf_ray.levels import split_levels
+from rlhf_ray.operations import NEEDS, Operation
+from rlhf_ray.tasks import Suite, map_inputs
+
+
+def what_there_is(suite: Suite) -> frozenset[str]:
+    """Those of `NEEDS` that a suite has. Its model is left as it was."""
+    split = split_levels(suite.model, suite.levels)
+    found = set()
+    if suite.source is not None and weighted_modules(suite.model, split, range(split.n_levels)):
+        found.add("source")
+    device = next(suite.model.parameters()).device
+    example = map_inputs(lambda value: value[:2].to(device), suite.train_tasks[0].train[0])
+    with _evaluating(suite.model):
+        if output_layer(suite.model, split, example) is not None:
+            found.add("output layer")
+    return frozenset(found)
+
+
+def supported(
+    suite: Suite, operations: Sequence[Operation], *, asked: Sequence[str] = ()
+) -> tuple[tuple[Operation, ...], list[str]]:
+    """The operations that a suite has what they need for, and lines about the others.
+
+    Args:
+        suite: whose model is to be tuned.
+        operations: all that there might be.
+        asked: names of those that the user wants: they must be possible.
+
+    Raises:
+        InputError: one that is wanted is not.
+    """
+    there = what_there_is(suite)
+    kept, left_out = [], []
+    for operation in operations:
+        missing = [need for need in operation.needs if need not in there]
+        if not missing:
+            kept.append(operation)
+            continue
+        reason = f"{operation.name} needs {' and '.join(NEEDS[need] for need in missing)}"
+        if operation.name in asked:
+            raise InputError(
+                f"operations must be possible on the suite, got {operation.name!r} for "
+                f"{suite.name!r}: {reason}."
+            )
+        left_out.append(f"left out: {reason}")
+    return tuple(kept), left_out
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

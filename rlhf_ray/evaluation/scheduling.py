@@ -1,0 +1,163 @@
+"""Tunes the schedule that a sweep's policies start from: one for all tasks, on the train tasks.
+
+First the best single training operation, to the horizon; then, one after the other, whatever else
+is worth doing before it; then the training once more. Candidates race on few tasks before they meet
+more. It is judged as the sweep is, on the tasks' val splits.
+
+Dimension letters: N stages done.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.digests import derive_seed
+from rlhf_ray.evaluation.choosing import REPLICA
+from rlhf_ray.evaluation.judging import Utility
+from rlhf_ray.evaluation.rollouts import THREADS, Stages, concurrently, walk
+from rlhf_ray.operations import Skip, Train
+from rlhf_ray.policies.schedules import Move, Schedule, moves, path_of
+from rlhf_ray.process import ProcessSpec
+
+ROUNDS = ((2, 8), (6, 3), (12, 1))
+"""(tasks met so far, candidates that stay) of a race."""
+
+RETRIED = 4
+"""Trainings that are tried again once it is settled what comes before them."""
+
+
+def tuned_schedule(
+    spec: ProcessSpec,
+    stages: Stages,
+    *,
+    tasks: Sequence[str],
+    utility: Utility,
+    seed: int,
+    threads: int = THREADS,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Schedule:
+    """The best schedule that is found for some tasks, on their first replica seed.
+
+    Args:
+        spec: the process, whose operations a schedule is made of.
+        stages: carries them out.
+        tasks: names; policies learn on them.
+        utility: what counts.
+        seed: of the order in which tasks are met.
+        threads: walks in flight at once.
+        tell: called with short lines.
+
+    Returns:
+        Up to a horizon of moves; empty where nothing is better than to leave the model as it is.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "schedule"))
+    order: list[int] = rng.permutation(len(tasks)).tolist()
+    tuner = _Tuner(
+        spec=replace(spec, probed=False),
+        stages=stages,
+        tasks=[tasks[i] for i in order],
+        utility=utility,
+        threads=threads,
+    )
+    every = moves(spec)
+    trainings = [move for move in every if isinstance(move.operation, Train)] or every
+    others = [move for move in every if move not in trainings]
+    if len(spec.levels) > 1 and not any(isinstance(o, Skip) for o in spec.operations):
+        others = []  # no level could hand over to the one that a schedule wants
+    ranked = tuner.ranked([tuner.filled((), move) for move in trainings])
+    best, before = ranked[0], ()
+    tell(f"schedule: {describe(spec, best)}")
+    while others and len(before) < spec.settings.horizon - 1:
+        tried = {other: tuner.filled(_with(before, other), best[-1]) for other in others}
+        challenger = tuner.ranked(list(tried.values()))[0]
+        if not tuner.better(challenger, best):
+            break
+        best = challenger
+        found = next(other for other, schedule in tried.items() if schedule == challenger)
+        before = _with(before, found)
+        others.remove(found)
+        tell(f"schedule: {describe(spec, best)}")
+    if before:
+        again = [tuner.filled(before, schedule[-1]) for schedule in ranked[1 : 1 + RETRIED]]
+        challenger = tuner.ranked(again)[0] if again else best
+        best = challenger if tuner.better(challenger, best) else best
+    return tuner.shortened(best)
+
+
+def describe(spec: ProcessSpec, schedule: Schedule) -> str:
+    """A schedule in words."""
+    names = spec.levels
+    return ", ".join(f"{move.operation.name} {names[move.level]}" for move in schedule) or "none"
+
+
+def _with(before: Schedule, other: Move) -> Schedule:
+    """In the order of the levels: what is done to one changes what those above it see."""
+    return tuple(sorted((*before, other), key=lambda move: move.level))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tuner:
+    """Compares schedules on tasks, in their order; knows what each met."""
+
+    spec: ProcessSpec
+    stages: Stages
+    tasks: Sequence[str]
+    utility: Utility
+    threads: int
+    met: dict[Schedule, list[NDArray[np.float64]]] = field(default_factory=dict)
+
+    def filled(self, before: Schedule, training: Move) -> Schedule:
+        """What comes before, then the training to the horizon."""
+        return (*before, *(training,) * (self.spec.settings.horizon - len(before)))
+
+    def ranked(self, schedules: Sequence[Schedule]) -> list[Schedule]:
+        """All of them after a race: the winner first, those that fell behind soonest last."""
+        alive, out = list(schedules), []
+        for n_tasks, n_stay in ROUNDS:
+            n = min(n_tasks, len(self.tasks))
+            self._meet(alive, n)
+            alive.sort(key=lambda schedule: -self._means(schedule, n).max())
+            alive, out = alive[:n_stay], alive[n_stay:] + out
+        return alive + out
+
+    def better(self, challenger: Schedule, best: Schedule) -> bool:
+        """Whether a schedule gains more on all tasks than the gain's standard error over them."""
+        n = len(self.tasks)
+        self._meet([challenger, best], n)
+        lengths = [int(self._means(schedule, n).argmax()) for schedule in (challenger, best)]
+        gains_T = np.array(
+            [new[lengths[0]] - old[lengths[1]]
+             for new, old in zip(self.met[challenger], self.met[best], strict=True)]
+        )  # fmt: skip
+        return float(gains_T.mean()) > float(gains_T.std() / n**0.5)
+
+    def shortened(self, schedule: Schedule) -> Schedule:
+        """As long as pays on all train tasks; empty where no length does."""
+        self._meet([schedule], len(self.tasks))
+        return schedule[: int(self._means(schedule, len(self.tasks)).argmax())]
+
+    def _means(self, schedule: Schedule, n_tasks: int) -> NDArray[np.float64]:
+        """Mean utility on the first tasks at lengths 0, 1, ..., N."""
+        return np.mean(self.met[schedule][:n_tasks], axis=0)
+
+    def _meet(self, schedules: Sequence[Schedule], n_tasks: int) -> None:
+        """Walks those along the first tasks that have not met them."""
+        waiting = [
+            (schedule, task)
+            for schedule in dict.fromkeys(schedules)
+            for task in self.tasks[len(self.met.setdefault(schedule, [])) : n_tasks]
+        ]
+        found = concurrently(self._utilities, waiting, threads=self.threads)
+        for (schedule, _), values_N in zip(waiting, found, strict=True):
+            self.met[schedule].append(values_N)
+
+    def _utilities(self, pair: tuple[Schedule, str]) -> NDArray[np.float64]:
+        """Utility on a task's val split at lengths 0, 1, ..., N; the last one where a walk ends."""
+        schedule, task = pair
+        path = path_of(schedule, self.spec.n_levels)
+        found = walk(self.spec, self.stages, task, REPLICA, path)
+        states = [found[min(n, len(found) - 1)].state for n in range(len(schedule) + 1)]
+        score = self.spec.score
+        return np.array([self.utility.of(score(s.best), s.cost, s.switches) for s in states])

@@ -1,0 +1,94 @@
+"""A schedule: one sequence of operations for all tasks, and what a level does to follow it.
+
+What a careful engineer would settle on for a family of tasks without looking at the single one. A
+policy with a schedule departs from it where its values say so surely (`networks`). No Ray here.
+
+Dimension letters: L levels, H stages of the horizon, A actions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.digests import digest
+from rlhf_ray.operations import Operation, Skip, Stop
+from rlhf_ray.outcomes import StagePath, StageStep
+from rlhf_ray.process import ProcessSpec
+
+PROGRESS = "stages done / horizon"
+"""The feature that tells how far a schedule has been carried out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """One stage of a schedule: an operation at the level that acts."""
+
+    operation: Operation
+    level: int
+
+    def step(self, n_levels: int) -> StageStep:
+        """The stage."""
+        return StageStep(
+            operation=self.operation, levels=self.operation.levels(self.level, n_levels)
+        )
+
+
+Schedule = tuple[Move, ...]
+
+
+def moves(spec: ProcessSpec) -> list[Move]:
+    """All stages that a level can ask for, those alike in effect once, by operation, then level."""
+    found: dict[str, Move] = {}
+    for operation in spec.operations:
+        if isinstance(operation, Skip | Stop):
+            continue
+        for level in range(spec.n_levels):
+            levels = operation.levels(level, spec.n_levels)
+            if levels and operation.applies(level, spec.n_levels):
+                effect = digest(operation.settings(), list(levels))
+                # an operation over several levels counts at its lowest
+                lowest = Move(operation=operation, level=levels[0])
+                found.setdefault(effect, lowest)
+    return list(found.values())
+
+
+def path_of(schedule: Schedule, n_levels: int) -> StagePath:
+    """The stages of a schedule."""
+    return tuple(move.step(n_levels) for move in schedule)
+
+
+def decisions(spec: ProcessSpec, schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    """The action that follows a schedule, by stages done (H rows) and acting level (L).
+
+    The level of the next stage carries it out and hands over to the one after; others skip to it;
+    behind the end all stop.
+    """
+    names = [type(operation) for operation in spec.operations]
+    horizon, n_levels = spec.settings.horizon, spec.n_levels
+
+    def action(done: int, level: int) -> int:
+        if done >= len(schedule):
+            return names.index(Stop) * n_levels + level
+        move = schedule[done]
+        if move.level != level:
+            return names.index(Skip) * n_levels + move.level
+        following = schedule[done + 1].level if done + 1 < min(len(schedule), horizon) else level
+        return spec.operations.index(move.operation) * n_levels + following
+
+    return tuple(tuple(action(i, level) for level in range(n_levels)) for i in range(horizon))
+
+
+def as_json(spec: ProcessSpec, schedule: Schedule) -> list[dict[str, Any]]:
+    """A schedule as plain data, with names, for records and reports."""
+    return [
+        {"operation": move.operation.name, "level": spec.levels[move.level]} for move in schedule
+    ]
+
+
+def from_json(spec: ProcessSpec, data: Sequence[dict[str, Any]]) -> Schedule:
+    """Reads what `as_json` gave."""
+    operations = {operation.name: operation for operation in spec.operations}
+    return tuple(
+        Move(operation=operations[move["operation"]], level=spec.levels.index(move["level"]))
+        for move in data
+    )

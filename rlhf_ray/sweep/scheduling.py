@@ -1,0 +1,45 @@
+"""The schedule of a sweep: tuned once for all trials, kept in the sweep's folder."""
+
+from dataclasses import replace
+
+from rlhf_ray.evaluation.scheduling import describe, tuned_schedule
+from rlhf_ray.policies.schedules import PROGRESS, as_json, from_json
+from rlhf_ray.progress import NO_PROGRESS, Progress
+from rlhf_ray.storage import Storage
+from rlhf_ray.sweep.trial import TrialContext
+from rlhf_ray.tree.tally import TalliedStages, Tally
+
+SCHEDULE_FILE = "schedule.json"
+
+
+def scheduled(context: TrialContext, progress: Progress = NO_PROGRESS) -> TrialContext:
+    """The context with a schedule, where the configuration wants one: tuned now, or read."""
+    config, spec = context.config, context.spec
+    # it depends on no swept setting; q-learning and ppo have no use for it
+    if not config.schedule or config.algorithm != "dqn" or spec.n_levels < 2:
+        return context
+    if PROGRESS not in context.observer.names(spec):
+        progress.message("no schedule: policies would need the features of progress to follow it")
+        return context
+    name = f"{context.sweep}/{SCHEDULE_FILE}"
+    record = context.storage.read_json(name)
+    if not isinstance(record, dict):
+        progress.phase("schedule for all tasks")
+        tally = Tally()
+        found = tuned_schedule(
+            spec,
+            TalliedStages(context.stages, tally, namespace="schedule"),
+            tasks=context.plan.tasks,
+            utility=context.utility,
+            seed=config.seed,
+        )
+        progress.message(f"schedule: {describe(spec, found)}")
+        record = {"moves": as_json(spec, found), "stages": tally.as_json()}
+        context.storage.write_json(name, record)
+    return replace(context, schedule=from_json(spec, record["moves"]))
+
+
+def schedule_tally(storage: Storage, sweep: str) -> Tally:
+    """What tuning the schedule asked for; empty where there is none."""
+    record = storage.read_json(f"{sweep}/{SCHEDULE_FILE}")
+    return Tally.from_json(record["stages"]) if isinstance(record, dict) else Tally()

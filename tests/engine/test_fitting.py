@@ -1,0 +1,65 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import CASES
+
+from rlhf_ray.engine.fitting import fit_output, layer_inputs, output_layer
+from rlhf_ray.levels import split_levels
+
+
+def _probe() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    features = torch.randn(80, 6)
+    targets = (features @ torch.randn(6, 3)).argmax(1)
+    return nn.Linear(6, 3), features, targets
+
+
+def test_fit_reaches_the_optimum_of_a_convex_loss() -> None:
+    layer, features, targets = _probe()
+    reference = copy.deepcopy(layer).double()
+    optimizer = torch.optim.LBFGS(
+        reference.parameters(), max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        pull = sum(p.square().sum() for p in reference.parameters())
+        loss = F.cross_entropy(reference(features.double()), targets) + 0.05 / 2 * pull
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    loss = fit_output(layer, features, targets, F.cross_entropy, l2=0.05, evaluations=80)
+    assert torch.allclose(layer.weight.double(), reference.weight, atol=1e-3)
+    assert torch.allclose(layer.bias.double(), reference.bias, atol=1e-3)
+    assert float(loss) == pytest.approx(float(F.cross_entropy(layer(features), targets)), abs=1e-4)
+    assert all(p.grad is None and not p.requires_grad for p in layer.parameters())
+
+
+def test_fit_evaluates_as_often_as_it_says() -> None:
+    layer, features, targets = _probe()
+    calls = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return F.cross_entropy(outputs, targets)
+
+    fit_output(layer, features, targets, loss, l2=0.01, evaluations=30)
+    assert len(calls) == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("cnn4", True), ("cnn2", True), ("resnet18", True), ("lstm", True), ("unet", False)],
+)
+def test_output_layer_is_the_linear_one_whose_output_is_the_models(name: str, found: bool) -> None:
+    case = CASES[name]
+    model = case.model().eval()
+    layer = output_layer(model, split_levels(model, case.levels), case.inputs(2))
+    assert (layer is not None) == found
+    if layer is not None:
+        features = layer_inputs(layer, lambda: model(case.inputs(2)))
+        assert features.shape[-1] == layer.in_features

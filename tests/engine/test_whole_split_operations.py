@@ -1,0 +1,97 @@
+"""Align and Fit as stages of the engine: their account, their caches, their effect."""
+
+import pytest
+import torch
+import zoo
+from test_stages import suite_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf_ray.engine.loaded_model import EngineSettings
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.engine.support import supported, what_there_is
+from rlhf_ray.errors import InputError
+from rlhf_ray.operations import Align, Fit, Operation, Train, default_operations
+from rlhf_ray.outcomes import StagePath, StageRequest, StageStep
+from rlhf_ray.tree.stage_tree import LocalStages
+
+SETTINGS = EngineSettings(device="cpu", val_size=10, probe_size=6)
+ALIGN, FIT = Align(name="align", examples=8), Fit(name="fit", evaluations=20)
+TRAIN = Train(name="train", learning_rate=1e-2, steps=4, batch_size=8)
+CASES = ["cnn2", "cnn4", "norm_cnn", "resnet18", "transformer"]
+
+
+def step(operation: Operation, level: int, n_levels: int) -> StageStep:
+    return StageStep(operation=operation, levels=operation.levels(level, n_levels))
+
+
+def path_for(n_levels: int) -> StagePath:
+    last = n_levels - 1
+    turns = ((ALIGN, 0), (FIT, last), (TRAIN, last), (ALIGN, last - 1), (FIT, last))
+    return tuple(step(operation, level, n_levels) for operation, level in turns)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_and_uncached_agree(name: str) -> None:
+    suite = suite_of(zoo.CASES[name])
+    path = path_for(len(suite.levels))
+    outcomes = [
+        LocalStages(Engine(suite, settings)).outcome(StageRequest(task="task", path=path)).outcome
+        for settings in (SETTINGS, EngineSettings(device="cpu", val_size=10, cache_bytes=0))
+    ]
+    assert outcomes[0].loss == pytest.approx(outcomes[1].loss, rel=1e-2, abs=1e-4)
+    assert outcomes[0].flops == outcomes[1].flops
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_account_is_what_torch_counts(name: str) -> None:
+    suite = suite_of(zoo.CASES[name])
+    path = path_for(len(suite.levels))
+    engine = Engine(suite, SETTINGS)
+    stages, prices = LocalStages(engine), engine.prices([ALIGN, FIT, TRAIN])
+    stages.outcome(StageRequest(task="task"))
+    for n in range(1, len(path) + 1):
+        request = StageRequest(task="task", path=path[:n])
+        with FlopCounterMode(display=False) as counter:
+            outcome = stages.outcome(request).outcome
+        flops = sum(outcome.flops.values())
+        assert flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        assert prices("task", path[:n]) == pytest.approx(flops, rel=1e-12)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_aligning_to_the_source_what_is_the_source_changes_little(level: int) -> None:
+    suite = suite_of(zoo.CASES["cnn4"])
+    task = suite.train_tasks[0]
+    same = Engine(suite, SETTINGS)
+    outputs = same.source_moments()
+    assert outputs is not None and set(outputs.outputs) == {"0", "3", "7", "9"}
+    path = (step(Align(name="align", examples=20), level, 4),)
+    stages = LocalStages(same)
+    before = stages.outcome(StageRequest(task=task.name)).outcome
+    after = stages.outcome(StageRequest(task=task.name, path=path)).outcome
+    assert after.versions[level] != before.versions[level]
+    assert after.loss == pytest.approx(before.loss, rel=0.2)
+
+
+def test_fit_lowers_the_train_loss_and_changes_the_output_layer_alone() -> None:
+    suite = suite_of(zoo.CASES["cnn2"])  # its last level holds two layers
+    stages = LocalStages(Engine(suite, SETTINGS))
+    request = StageRequest(task="task", path=(step(FIT, 1, 2),))
+    before = stages.outcome(StageRequest(task="task")).outcome
+    after = stages.outcome(request).outcome
+    assert after.train_loss < before.train_loss
+    state = stages.state_dict(request)
+    changed = {n for n, v in suite.model.state_dict().items() if not torch.equal(v, state[n])}
+    assert changed == {"9.weight", "9.bias"}
+
+
+def test_operations_are_left_out_where_the_suite_has_not_what_they_need() -> None:
+    suite = suite_of(zoo.CASES["unet"])  # ends with a convolution
+    assert what_there_is(suite) == {"source"}
+    suite = suite_of(zoo.CASES["cnn4"])
+    object.__setattr__(suite, "source", None)
+    kept, left_out = supported(suite, default_operations())
+    assert "fit" in {o.name for o in kept} and "align" not in {o.name for o in kept}
+    assert [line.split(" needs")[0] for line in left_out] == ["left out: align"]
+    with pytest.raises(InputError, match="possible on the suite, got 'align' for 'zoo'"):
+        supported(suite, default_operations(), asked=("align",))

@@ -1,0 +1,53 @@
+from synthetic import SyntheticStages, spec_of
+
+from rlhf_ray.evaluation.judging import Utility
+from rlhf_ray.evaluation.scheduling import describe, tuned_schedule
+from rlhf_ray.outcomes import StagePath
+
+SPEC = spec_of(3, horizon=4)
+TASKS = [f"train{i}" for i in range(8)]
+UTILITY = Utility(tuning_cost=0.02, switch_cost=0.002)
+
+
+def metric(gains: dict[tuple[str, int], float]):  # type: ignore[no-untyped-def]
+    """Every stage adds the gain of its operation and lowest level; tasks differ a little."""
+
+    def of(path: StagePath, task: str) -> float:
+        spread = 0.001 * int(task[-1]) * len(path)
+        found = 0.5 + spread
+        for i, stage in enumerate(path):
+            again = any(stage == earlier for earlier in path[:i])
+            known = gains.get((stage.operation.name, stage.levels[0]), 0.0)
+            # what is not training has its effect once
+            found += 0.0 if again and not stage.operation.name.startswith("train") else known
+        return found
+
+    return of
+
+
+def tuned(gains: dict[tuple[str, int], float], **changes: object) -> tuple[str, SyntheticStages]:
+    stages = SyntheticStages(metric=metric(gains))
+    found = tuned_schedule(
+        SPEC, stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1, **changes,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return describe(SPEC, found), stages
+
+
+def test_the_best_training_follows_what_is_worth_doing_before_it() -> None:
+    gains = {("train_mid", 2): 0.05, ("train_low", 1): 0.02, ("align", 0): 0.2, ("align", 1): 0.01}
+    assert tuned(gains)[0] == "align conv, train_mid late, train_mid late, train_mid late"
+
+
+def test_a_schedule_is_as_long_as_pays() -> None:
+    assert tuned({("fit", 2): 0.2, ("train_high", 2): 0.001})[0].startswith("fit late")
+    assert tuned({})[0] == "none"
+
+
+def test_no_walk_is_repeated() -> None:
+    _, stages = tuned({("train_mid", 2): 0.05, ("fit", 2): 0.1})
+    asked = [
+        (request.task, tuple((step.operation.name, step.levels) for step in request.path))
+        for request in stages.stages_asked()
+    ]
+    whole = [key for key in asked if len(key[1]) == SPEC.settings.horizon]
+    assert len(whole) == len(set(whole))
