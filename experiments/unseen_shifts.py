@@ -144,7 +144,7 @@ def main() -> None:
         for name in args.suites:
             for fold in args.folds:
                 run(args, name, fold)
-    print(report(args.storage_path, args.suites, args.seeds, made_by("unseen_shifts.py")))
+    print(report(args.storage_path, args.suites, made_by("unseen_shifts.py")))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ HERE = Path(__file__).parent
 Runs = dict[str, list[Run]]
 
 
-def report(storage_path: str, suites: Sequence[str], seeds: int, made_by: str) -> str:
+def report(storage_path: str, suites: Sequence[str], made_by: str) -> str:
     """Writes the table and the figure of all folds that are complete; gives the text."""
     parts, curves = [], {}
     for suite in suites:
-        folds = complete_folds(Path(storage_path, suite, "records"), seeds)
+        folds = complete_folds(Path(storage_path, suite, "records"))
         if folds:
             parts.append(suite_section(suite, folds))
             curves[suite] = cost_curves(folds)
@@ -47,17 +47,18 @@ def report(storage_path: str, suites: Sequence[str], seeds: int, made_by: str) -
     return text
 
 
-def complete_folds(folder: Path, seeds: int) -> list[dict[str, Any]]:
-    """Per fold its records: "learned" (one per seed) and "baselines"."""
+def complete_folds(folder: Path) -> list[dict[str, Any]]:
+    """Per fold its records, of as many seeds as its baselines met: "learned" and "baselines"."""
     found = []
     for fold in sorted(folder.glob("fold*")):
+        numbers = [int(file.stem.split("-")[1]) for file in fold.glob("baselines-*.json")]
+        seeds = max(numbers, default=0)
         files = [fold / f"seed{seed}.json" for seed in range(seeds)]
-        baselines = fold / f"baselines-{seeds}.json"
-        if all(file.exists() for file in [*files, baselines]):
+        if files and all(file.exists() for file in files):
             found.append(
                 {
                     "learned": [json.loads(file.read_text()) for file in files],
-                    "baselines": json.loads(baselines.read_text()),
+                    "baselines": json.loads((fold / f"baselines-{seeds}.json").read_text()),
                     "name": fold.name,
                 }
             )

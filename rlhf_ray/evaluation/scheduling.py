@@ -30,7 +30,7 @@ RETRIED = 4
 
 def tuned_schedule(
     spec: ProcessSpec,
-    stages: Stages,
+    stages: Callable[[str], Stages],
     *,
     tasks: Sequence[str],
     utility: Utility,
@@ -42,7 +42,7 @@ def tuned_schedule(
 
     Args:
         spec: the process, whose operations a schedule is made of.
-        stages: carries them out.
+        stages: a walk's name -> who carries its stages out; walks are under way at once.
         tasks: names; policies learn on them.
         utility: what counts.
         seed: of the order in which tasks are met.
@@ -102,7 +102,7 @@ class _Tuner:
     """Compares schedules on tasks, in their order; knows what each met."""
 
     spec: ProcessSpec
-    stages: Stages
+    stages: Callable[[str], Stages]
     tasks: Sequence[str]
     utility: Utility
     threads: int
@@ -157,7 +157,8 @@ class _Tuner:
         """Utility on a task's val split at lengths 0, 1, ..., N; the last one where a walk ends."""
         schedule, task = pair
         path = path_of(schedule, self.spec.n_levels)
-        found = walk(self.spec, self.stages, task, REPLICA, path)
+        stages = self.stages(f"{describe(self.spec, schedule)}/{task}")
+        found = walk(self.spec, stages, task, REPLICA, path)
         states = [found[min(n, len(found) - 1)].state for n in range(len(schedule) + 1)]
         score = self.spec.score
         return np.array([self.utility.of(score(s.best), s.cost, s.switches) for s in states])

@@ -25,16 +25,22 @@ def scheduled(context: TrialContext, progress: Progress = NO_PROGRESS) -> TrialC
     record = context.storage.read_json(name)
     if not isinstance(record, dict):
         progress.phase("schedule for all tasks")
-        tally = Tally()
+        tallies: list[Tally] = []
+
+        def walk(name: str) -> TalliedStages:
+            tally = Tally()
+            tallies.append(tally)  # append is atomic
+            return TalliedStages(context.stages, tally, namespace=f"schedule/{name}")
+
         found = tuned_schedule(
             spec,
-            TalliedStages(context.stages, tally, namespace="schedule"),
+            walk,
             tasks=context.plan.tasks,
             utility=context.utility,
             seed=config.seed,
         )
         progress.message(f"schedule: {describe(spec, found)}")
-        record = {"moves": as_json(spec, found), "stages": tally.as_json()}
+        record = {"moves": as_json(spec, found), "stages": Tally.total(tallies).as_json()}
         context.storage.write_json(name, record)
     return replace(context, schedule=from_json(spec, record["moves"]))
 

@@ -28,7 +28,7 @@ def metric(gains: dict[tuple[str, int], float]):  # type: ignore[no-untyped-def]
 def tuned(gains: dict[tuple[str, int], float], **changes: object) -> tuple[str, SyntheticStages]:
     stages = SyntheticStages(metric=metric(gains))
     found = tuned_schedule(
-        SPEC, stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1, **changes,  # type: ignore[arg-type]
+        SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1, **changes,  # type: ignore[arg-type]
     )  # fmt: skip
     return describe(SPEC, found), stages
 
