@@ -20,8 +20,9 @@ from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.optimum import best_fine_tuning
 from rlhf_ray.evaluation.rollouts import Episode, play
 from rlhf_ray.evaluation.task_search import asha, check_installed, tpe
-from rlhf_ray.operations import Skip, Stop, Train
+from rlhf_ray.operations import Train
 from rlhf_ray.outcomes import StagePath, StageStep
+from rlhf_ray.policies.schedules import moves
 from rlhf_ray.process import State, start_request
 
 ALWAYS = ("fixed", "full", "full_best", "head", "random")
@@ -66,17 +67,18 @@ def _repeated(
 
 def _others(bench: Bench) -> list[Candidate]:
     """The search's operations that do not train, at every level that they are open to."""
-    names, found = bench.spec.levels, []
-    for operation in bench.spec.operations:
-        if isinstance(operation, Train | Skip | Stop):
-            continue
-        for level in range(len(names)):
-            levels = operation.levels(level, len(names))
-            if levels and operation.applies(level, len(names)):
-                step = StageStep(operation=operation, levels=levels)
-                settings = {"levels": [names[i] for i in levels], "operation": operation.name}
-                found.append(Candidate(settings=settings, path=_always([step] * bench.horizon)))
-    return found
+    names = bench.spec.levels
+    others = [o for o in bench.spec.operations if not isinstance(o, Train)]
+    return [
+        Candidate(
+            settings={
+                "levels": [names[i] for i in move.step(len(names)).levels],
+                "operation": move.operation.name,
+            },
+            path=_always([move.step(len(names))] * bench.horizon),
+        )
+        for move in moves(others, len(names))
+    ]
 
 
 def _growing(bench: Bench, sets: Sequence[Sequence[int]]) -> list[Candidate]:

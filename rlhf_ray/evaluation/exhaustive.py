@@ -2,25 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 
-from rlhf_ray.digests import digest
 from rlhf_ray.errors import FailedStageError
 from rlhf_ray.evaluation.rollouts import Stages, concurrently
 from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import StagePath, StageRequest, StageStep
+from rlhf_ray.policies.schedules import moves
 from rlhf_ray.process import ProcessSpec
 from rlhf_ray.progress import NO_PROGRESS, Progress
 
 
 def distinct_steps(operations: Sequence[Operation], n_levels: int) -> tuple[StageStep, ...]:
     """All stages that some level can ask for, each effect once."""
-    found: dict[str, StageStep] = {}
-    for operation in operations:
-        for level in range(n_levels):
-            levels = operation.levels(level, n_levels)
-            if levels:
-                effect = digest(operation.settings(), list(levels))
-                found.setdefault(effect, StageStep(operation=operation, levels=levels))
-    return tuple(found.values())
+    return tuple(move.step(n_levels) for move in moves(operations, n_levels))
 
 
 def all_paths(steps: Sequence[StageStep], depth: int) -> Iterator[StagePath]:

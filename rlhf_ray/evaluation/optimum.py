@@ -43,7 +43,9 @@ def acting_levels(spec: ProcessSpec, step: StageStep) -> list[int]:
         level
         for level in range(spec.n_levels)
         if any(
-            operation.levels(level, spec.n_levels) == step.levels and operation.settings() == wanted
+            operation.applies(level, spec.n_levels)
+            and operation.levels(level, spec.n_levels) == step.levels
+            and operation.settings() == wanted
             for operation in spec.operations
         )
     ]

@@ -61,7 +61,7 @@ def tuned_schedule(
         utility=utility,
         threads=threads,
     )
-    every = moves(spec)
+    every = moves(spec.operations, spec.n_levels)
     trainings = [move for move in every if isinstance(move.operation, Train)] or every
     others = [move for move in every if move not in trainings]
     if len(spec.levels) > 1 and not any(isinstance(o, Skip) for o in spec.operations):

@@ -36,19 +36,15 @@ class Move:
 Schedule = tuple[Move, ...]
 
 
-def moves(spec: ProcessSpec) -> list[Move]:
+def moves(operations: Sequence[Operation], n_levels: int) -> list[Move]:
     """All stages that a level can ask for, those alike in effect once, by operation, then level."""
     found: dict[str, Move] = {}
-    for operation in spec.operations:
-        if isinstance(operation, Skip | Stop):
-            continue
-        for level in range(spec.n_levels):
-            levels = operation.levels(level, spec.n_levels)
-            if levels and operation.applies(level, spec.n_levels):
+    for operation in operations:
+        for level in range(n_levels):
+            levels = operation.levels(level, n_levels)
+            if levels and operation.applies(level, n_levels):
                 effect = digest(operation.settings(), list(levels))
-                # an operation over several levels counts at its lowest
-                lowest = Move(operation=operation, level=levels[0])
-                found.setdefault(effect, lowest)
+                found.setdefault(effect, Move(operation=operation, level=level))
     return list(found.values())
 
 

@@ -32,7 +32,7 @@ def network(**changes: object) -> NetworkSettings:
 
 
 def test_moves_hold_every_effect_once_at_the_levels_that_may_ask_for_it() -> None:
-    found = moves(SPEC)
+    found = moves(SPEC.operations, 3)
     effects = {(str(m.operation.settings()), m.operation.levels(m.level, 3)) for m in found}
     assert len(effects) == len(found)
     assert {m.level for m in found if isinstance(m.operation, Align)} == {0, 1}

@@ -22,6 +22,7 @@ from sweep_files import small_suite
 from torch import nn
 
 from rlhf_ray.config import SearchConfig
+from rlhf_ray.engine.support import supported
 from rlhf_ray.errors import InputError
 from rlhf_ray.operations import Operation, Skip, StageSession, Stop, Train
 from rlhf_ray.policies.finetuning import finetune
@@ -252,7 +253,7 @@ def test_second_trial_learns_from_the_firsts_episodes(tmp_path: Path) -> None:
     assert second["experience"]["trials"] == 1 and second["experience"]["steps"] >= learned
     assert list(result.table()["episodes_of_others"]) == [0, learned]
     assert result.summary["episodes_of_others"] == {first["name"]: 0, second["name"]: learned}
-    operations = asked.operations()
+    operations, _ = supported(small_suite(), asked.operations())
     for trial, episodes in zip(result.trials, played, strict=True):
         taken = [operations[action // 2] for _, _, *actions in episodes for action in actions]
         trained = sum(not isinstance(operation, Stop | Skip) for operation in taken)
@@ -457,8 +458,9 @@ def stages_in(tree: Path) -> set[str]:
 
 
 def executed(folder: Path) -> int:
-    """Stages that the trials which ended well carried out."""
-    records = [json.loads(file.read_text()) for file in folder.glob("trials/*/trial.json")]
+    """Stages that the schedule and the trials which ended well carried out."""
+    files = [*folder.glob("schedule.json"), *folder.glob("trials/*/trial.json")]
+    records = [json.loads(file.read_text()) for file in files]
     return sum(record["stages"]["executed"] for record in records)
 
 
