@@ -1,7 +1,7 @@
 """A cell of the experiments on unseen tasks: a suite and a fold, its workers, what is learned.
 
-Tasks of a fold's train, val and test roles come from different families of shifts. All that a cell
-carries out lies in the tree under its storage path: what was cut off goes on where it was.
+A fold's test tasks come from families of shifts that its train and val tasks have not. All that a
+cell carries out lies in the tree under its storage path: what was cut off goes on where it was.
 """
 
 import json

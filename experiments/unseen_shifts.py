@@ -2,14 +2,14 @@
 
     python experiments/unseen_shifts.py --storage-path e1 --data-root data
 
-Cross-validation over families: in every fold the train, val and test tasks come from groups of
-families of their own (three folds; each group is the tested one once). Per fold and seed a sweep of
-two trials learns on the train tasks and is chosen on the val tasks; the seed's policy meets the
-test tasks on the replica seed of the same number. Baselines choose on the train and val tasks and
-meet the test tasks on the same replica seeds. Differences are paired by task and seed, averaged
-over seeds, with Student's interval over tasks. Every cost counts: training, evaluations,
-probes, and of those that search on the test task all that they tried. Goes on where it was cut off;
-writes unseen_shifts.md and figures/unseen_shifts.svg of the complete folds of `--suites`.
+Cross-validation over families: in every fold the test tasks come from a group of families of their
+own (three folds; each group is the tested one once), the train and val tasks from all others. Per
+fold and seed a trial learns on the train tasks; its policy meets the test tasks on the replica seed
+of the same number. Baselines choose on the train and val tasks and meet the test tasks on the same
+replica seeds. Differences are paired by task and seed, averaged over seeds, with Student's interval
+over tasks. Every cost counts: training, evaluations, probes, and of those that search on the test
+task all that they tried. Goes on where it was cut off; writes unseen_shifts.md and
+figures/unseen_shifts.svg of the complete folds of `--suites`.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class SuiteOptions:
         n_val_tasks: tasks that the sweep is judged on, >= 1.
         n_test_tasks: tasks of the final report, >= 1.
         suite_seed: of the data split, the pretraining and the tasks, >= 0.
-        fold: 0, 1 or 2: rotates which families of shifts the train, val and test tasks have.
+        fold: 0, 1 or 2: rotates which families of shifts are the test tasks' alone.
     """
 
     suite: str = "digits"

@@ -66,7 +66,7 @@ def load_suite(
         n_val_tasks: tasks that the sweep is judged on, >= 1.
         n_test_tasks: tasks of the final report, >= 1.
         seed: of the pools, the pretraining and the tasks.
-        fold: 0, 1 or 2; rotates which families of shifts the train, val and test tasks have.
+        fold: 0, 1 or 2; rotates which families of shifts are the test tasks' alone.
         progress: called with short lines for the user.
 
     Returns:

@@ -189,7 +189,7 @@ class Family:
 
     Attributes:
         kind: "input" and "geometric" change x, "output" changes y.
-        group: 0, 1 or 2: families of one group go to tasks of one role.
+        group: 0, 1 or 2: families of one group are test tasks' together (`generate.groups`).
         apply: (x, severity, generator) -> x; of an output shift (severity, generator) -> the
             permutation of the classes, (10,).
     """
@@ -205,7 +205,7 @@ class Family:
 
 
 N_GROUPS = 3
-# By group: 0, the train tasks'; 1, the val tasks'; 2, the test tasks'.
+# By group; in fold 0 the last one is the test tasks'.
 _GROUPS: dict[Kind, tuple[tuple[Callable[..., Tensor], ...], ...]] = {
     "input": ((noise, contrast, blur), (haze, occlusion, pixelate), (stripes, invert, dead)),
     "geometric": ((rotate, translate), (squeeze, wave), (shear, scale)),
@@ -217,4 +217,4 @@ FAMILIES: tuple[Family, ...] = tuple(
     for group, functions in enumerate(groups)
     for apply in functions
 )
-"""The table of all families; `load_suite(..., fold=k)` gives role r the group (r + k) mod 3."""
+"""The table of all families; `generate.groups` says which of them a role has."""

@@ -23,6 +23,7 @@ from rlhf_ray.ray_session import concurrent_trials, needs
 from rlhf_ray.report.live import LivePage
 from rlhf_ray.sweep.plan import PlannedTrial
 from rlhf_ray.sweep.results import trial_folder
+from rlhf_ray.sweep.scheduling import schedule_tally
 from rlhf_ray.sweep.tracking import Tolerated
 from rlhf_ray.sweep.trial import HandoverTrial, TrialContext, failed_record
 from rlhf_ray.tensorboard import TensorBoardLog
@@ -68,7 +69,14 @@ def run_trials(
     progress.phase("sweep", total=episodes * len(trials))
     before, total = (len(trials) - len(waiting)) * episodes, episodes * len(trials)
     page = LivePage(context.storage, context.sweep, progress, before=before, total=total)
-    watcher = _Watcher(progress, handle, page, ClusterMetrics(context.sweep), done=before)
+    watcher = _Watcher(
+        progress,
+        handle,
+        page,
+        ClusterMetrics(context.sweep),
+        done=before,
+        asked=schedule_tally(context.storage, context.sweep).logical,
+    )
     ends = None if max_minutes is None else time.monotonic() + max_minutes * 60
     failures: dict[str, Exception] = {}
     # as a filesystem: the URI may hold keys, which Tune would write into its files
@@ -170,12 +178,14 @@ class _Watcher(tune.Callback):
         metrics: ClusterMetrics,
         *,
         done: int,
+        asked: int,
     ) -> None:
         self._progress = progress
         self._handle = handle
         self._page = page
         self._metrics = metrics
         self._before = done
+        self._asked = asked  # for the schedule
         self._curves: dict[str, list[list[float]]] = {}
         self._restarts: dict[str, int] = {}
         self._failures: dict[str, int] = {}
@@ -224,7 +234,7 @@ class _Watcher(tune.Callback):
                 stats = self._handle.stats()
             except Exception:  # the tree's actor restarts: show what trials said meanwhile
                 stats = {}
-            logical = sum(list(self._logical.values()))
+            logical = self._asked + sum(list(self._logical.values()))
             done = self._before + sum(list(self._episodes.values()))
             self._metrics.show(stats)
             self._page.tick(
