@@ -163,7 +163,7 @@ def break_even(folds: Sequence[Mapping[str, Any]], runs: Runs) -> str:
     learning = statistics.mean(learned["cost"] for fold in folds for learned in fold["learned"])
     cost = {name: statistics.mean(run.cost for run in mine) for name, mine in runs.items()}
     said = []
-    for method in ("full", "full_best", "asha", "tpe"):
+    for method in (name for name in ("full", "full_best", "asha", "tpe") if name in cost):
         saved = cost[method] - cost["policy"]
         tasks = f"{learning / saved:.0f} tasks" if saved > 0 else "never"
         said.append(f"{method} {tasks}")
