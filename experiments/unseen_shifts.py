@@ -34,7 +34,7 @@ BASELINES = (
     "lp_ft", "gradual_last_first", "gradual_first_last", "auto_rgn", "l2_sp", "asha", "tpe",
     *(f"level:{name}" for name in ("conv1", "conv2", "dense", "head")),
 )  # fmt: skip
-N_TASKS = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 8}
+N_TASKS = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 12}
 SEARCH_STAGES, GUIDED_STAGES = 10, 5
 """Of `asha` and `tpe` on a test task; of the policy's own search beyond its up to five stages."""
 

@@ -24,8 +24,13 @@ NEEDS = {
     "source": "source data to hold the model's activations against, and modules with a weight and "
     "a bias",
     "output layer": "a last level that ends with a linear layer, whose output is the model's",
+    "readable targets": "classes or real values that a linear read-out of its outputs can explain",
 }
 """What operations may need of a suite (`rlhf_ray.engine.support`)."""
+
+
+Pass = tuple[tuple[int, ...], int]
+"""Levels that change (ascending), and how many train examples that takes."""
 
 
 class FlopCounts(Protocol):
@@ -46,6 +51,10 @@ class FlopCounts(Protocol):
 
     def output_step(self) -> float:
         """Of the loss and its gradient as functions of the output layer alone; 0 without one."""
+        ...
+
+    def align(self, levels: tuple[int, ...]) -> tuple[float, float]:
+        """Of aligning levels in turn, each where it helps: per example, and once."""
         ...
 
 
@@ -70,8 +79,8 @@ class StageSession(Protocol):
         """Trains the session's levels on the task's train split, as the settings say."""
         ...
 
-    def align(self, settings: "Align") -> None:
-        """Gives the outputs of the session's levels the moments that they have on the source."""
+    def align(self, settings: "Align", levels: tuple[int, ...]) -> None:
+        """Aligns some of the session's levels with the source, in turn, as the settings say."""
         ...
 
     def fit(self, settings: "Fit") -> None:
@@ -104,6 +113,11 @@ class Operation(abc.ABC):
     def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
         """The levels changed when `level` acts, ascending; empty: no stage is carried out."""
 
+    @property
+    def parts(self) -> tuple["Operation", ...]:
+        """Operations that it consists of; those that are possible stand in where it is not."""
+        return (self,)
+
     @abc.abstractmethod
     def run(self, session: StageSession) -> None:
         """Changes the weights of the session's levels."""
@@ -111,6 +125,15 @@ class Operation(abc.ABC):
     def examples_drawn(self, n_train: int) -> int:
         """How many training examples a run draws from a train split of `n_train`; 0: none."""
         return 0
+
+    def passes(self, levels: tuple[int, ...], n_train: int) -> tuple[Pass, ...]:
+        """What a run changes, one after the other: below each the activations can be cached.
+
+        Args:
+            levels: that it changes, ascending.
+            n_train: examples in the train split.
+        """
+        return ((levels, self.examples_drawn(n_train)),)
 
     def flops(self, counts: FlopCounts, levels: tuple[int, ...], n_train: int) -> float:
         """FLOPs of a run; filling caches, running the levels below and evaluating come on top.
@@ -201,23 +224,28 @@ class Train(Operation):
 class Align(Operation):
     """Align the acting level's outputs with the source data: no gradient, no learning rate.
 
-    Mean and variance of every feature that a weighted module of the level puts out become what they
-    are in the pretrained model on the source data, by weight and bias. It undoes what a shift of
-    the inputs did to the level (after adaptive batch normalisation, Li et al. 2017, for modules
-    with or without normalisation). Open to all levels but the last, whose outputs a shift of the
-    labels moves with good reason.
+    Mean and covariance of the features that each weighted module of the level puts out become what
+    they are in the pretrained model on the source data, by weight and bias. It undoes what a shift
+    of the inputs did to the level (after adaptive batch normalisation, Li et al. 2017, and CORAL,
+    Sun et al. 2016, for modules with or without normalisation). The level stays as it was unless
+    a linear read-out of the model's outputs explains the targets better with it than without.
+    Open to all levels but the last, whose outputs a shift of the labels moves with good reason.
 
     Attributes:
-        examples: train examples that the moments are taken over, >= 2.
+        examples: train examples that moments and read-out are taken over, >= 2.
+        margin: share of the targets' variance that must be explained in addition; -1: always align.
     """
 
     examples: int = 64
+    margin: float = 0.02
 
-    needs: ClassVar[tuple[str, ...]] = ("source",)
+    needs: ClassVar[tuple[str, ...]] = ("source", "readable targets")
 
     def __post_init__(self) -> None:
         if self.examples < 2:
             raise InputError(f"examples must be at least 2, got examples={self.examples}.")
+        if not -1 <= self.margin < 1:
+            raise InputError(f"margin must be in [-1, 1), got margin={self.margin}.")
 
     def applies(self, level: int, n_levels: int) -> bool:
         """To all levels but the last; to the only one of a model."""
@@ -232,45 +260,45 @@ class Align(Operation):
         return min(self.examples, n_train)
 
     def flops(self, counts: FlopCounts, levels: tuple[int, ...], n_train: int) -> float:
-        """One run through the level."""
-        return self.examples_drawn(n_train) * counts.forward(*span(counts.usable, levels))
+        """A run from the level to the output without and one with it, and covariances."""
+        per_example, once = counts.align(levels)
+        return self.examples_drawn(n_train) * per_example + once
 
     def run(self, session: StageSession) -> None:
         """Aligns the session's level."""
-        session.align(self)
+        session.align(self, session.levels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(Operation):
-    """Fit the output layer to all train examples at once, to the end: a linear probe.
+    """Fit the output layer to all train examples at once, to the end.
 
-    L-BFGS on the task's loss over the kept inputs of the model's last linear layer, which costs
-    next to nothing and, for a convex loss, has one answer: no learning rate. Open to the last
-    level.
+    L-BFGS on the task's loss over the kept inputs of the model's last linear layer, with a pull
+    towards the weights that the layer has (a proximal step; Parikh and Boyd 2014): it costs next to
+    nothing and, for a convex loss, has one answer: no learning rate. Where the features are good
+    and the labels new, it learns them; where the features are poor, it stays near to what the layer
+    knew. Open to all levels: that below may fit it before it trains on.
 
     Attributes:
-        l2: weight decay: l2 / 2 times the squared weights is added to the loss, >= 0.
+        proximal: half of it times the squared distance from the weights before is added to the
+            loss, >= 0.
         evaluations: of the loss and its gradient over the train split, >= 1.
     """
 
-    l2: float = 1e-2
+    proximal: float = 0.3
     evaluations: int = 80
 
     needs: ClassVar[tuple[str, ...]] = ("output layer",)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.l2 < math.inf:
-            raise InputError(f"l2 must be >= 0, got l2={self.l2}.")
+        if not 0 <= self.proximal < math.inf:
+            raise InputError(f"proximal must be >= 0, got proximal={self.proximal}.")
         if self.evaluations < 1:
             raise InputError(f"evaluations must be at least 1, got {self.evaluations}.")
 
-    def applies(self, level: int, n_levels: int) -> bool:
-        """To the last level."""
-        return level == n_levels - 1
-
     def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
-        """The acting level."""
-        return (level,)
+        """The last level, whichever acts."""
+        return (n_levels - 1,)
 
     def examples_drawn(self, n_train: int) -> int:
         """All of the train split."""
@@ -285,6 +313,64 @@ class Fit(Operation):
     def run(self, session: StageSession) -> None:
         """Fits the output layer."""
         session.fit(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit(Operation):
+    """Align all levels below the last where it helps, then fit the output layer.
+
+    `Align` of each level in turn, then `Fit`: what can be had without a gradient through the model,
+    as one stage with one evaluation. Open to all levels, whichever acts, of a model with several.
+
+    Attributes:
+        examples, margin: see `Align`.
+        proximal, evaluations: see `Fit`.
+    """
+
+    examples: int = Align.examples
+    margin: float = Align.margin
+    proximal: float = Fit.proximal
+    evaluations: int = Fit.evaluations
+
+    needs: ClassVar[tuple[str, ...]] = (*Align.needs, *Fit.needs)
+
+    def __post_init__(self) -> None:
+        _ = self.parts  # which refuse bad settings
+
+    @property
+    def parts(self) -> tuple[Align, Fit]:
+        """What it does, one after the other."""
+        return (
+            Align(name=self.name, examples=self.examples, margin=self.margin),
+            Fit(name=self.name, proximal=self.proximal, evaluations=self.evaluations),
+        )
+
+    def applies(self, level: int, n_levels: int) -> bool:
+        """To all levels of a model with several."""
+        return n_levels > 1
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        """All levels, whichever acts."""
+        return tuple(range(n_levels))
+
+    def passes(self, levels: tuple[int, ...], n_train: int) -> tuple[Pass, ...]:
+        """The levels below the last, then the last."""
+        align, fit = self.parts
+        return (
+            (levels[:-1], align.examples_drawn(n_train)),
+            (levels[-1:], fit.examples_drawn(n_train)),
+        )
+
+    def flops(self, counts: FlopCounts, levels: tuple[int, ...], n_train: int) -> float:
+        """Of both parts."""
+        align, fit = self.parts
+        return align.flops(counts, levels[:-1], n_train) + fit.flops(counts, levels[-1:], n_train)
+
+    def run(self, session: StageSession) -> None:
+        """Aligns, then fits."""
+        align, fit = self.parts
+        session.align(align, session.levels[:-1])
+        session.fit(fit)
 
 
 def span(usable: Sequence[bool], levels: Sequence[int]) -> tuple[int, int]:
@@ -340,7 +426,7 @@ def default_operations(
     keep_optimizer_state: bool = True,
     learning_rates: Sequence[float] | None = None,
 ) -> tuple[Operation, ...]:
-    """Train this level at a low, middle or high rate, from it up, all; align; fit; skip; stop.
+    """Train this level (low, middle, high rate), from it up, all; refit; skip; stop.
 
     Args:
         steps: optimizer steps per stage; None: one epoch.
@@ -351,7 +437,7 @@ def default_operations(
             operations on several levels use the middle one.
 
     Returns:
-        Nine operations, in the order above.
+        Eight operations, in the order above.
     """
     rates = tuple(learning_rates or LEARNING_RATES[optimizer])
     if len(rates) != 3:
@@ -375,8 +461,7 @@ def default_operations(
         train("train_high", high, "level"),
         train("train_up", middle, "up"),
         train("train_all", middle, "all"),
-        Align(name="align"),
-        Fit(name="fit"),
+        Refit(name="refit"),
         Skip(),
         Stop(),
     )
@@ -394,7 +479,7 @@ def operations_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Operation, 
         InputError: an operation of the user's own, which only the user's code can make.
     """
     kinds: dict[str, type[Operation]] = {
-        kind.__name__: kind for kind in (Train, Align, Fit, Skip, Stop)
+        kind.__name__: kind for kind in (Train, Align, Fit, Refit, Skip, Stop)
     }
     for entry in data:
         if entry["kind"] not in kinds:

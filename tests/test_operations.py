@@ -11,6 +11,7 @@ from rlhf_ray.operations import (
     Align,
     Fit,
     Operation,
+    Refit,
     Skip,
     StageSession,
     Stop,
@@ -46,11 +47,10 @@ def test_scopes_say_which_levels_change(n_levels: int, data: st.DataObject) -> N
     assert Skip().levels(level, n_levels) == Stop().levels(level, n_levels) == ()
 
 
-def test_default_operations_are_nine_in_a_fixed_order() -> None:
+def test_default_operations_are_eight_in_a_fixed_order() -> None:
     operations = default_operations(steps=None, batch_size=32, optimizer="sgd")
     assert [o.name for o in operations] == [
-        "train_low", "train_mid", "train_high", "train_up", "train_all", "align", "fit", "skip",
-        "stop",
+        "train_low", "train_mid", "train_high", "train_up", "train_all", "refit", "skip", "stop",
     ]  # fmt: skip
     trained = [o for o in operations if isinstance(o, Train)]
     assert tuple(o.learning_rate for o in trained[:3]) == LEARNING_RATES["sgd"]
@@ -63,17 +63,26 @@ def test_default_operations_are_nine_in_a_fixed_order() -> None:
 def test_bad_settings_of_align_and_fit_are_refused() -> None:
     with pytest.raises(InputError, match="examples must be at least 2, got examples=1"):
         Align(name="a", examples=1)
-    with pytest.raises(InputError, match=r"l2 must be >= 0, got l2=-0.1"):
-        Fit(name="f", l2=-0.1)
+    with pytest.raises(InputError, match=r"margin must be in \[-1, 1\), got margin=1.0"):
+        Align(name="a", margin=1.0)
+    with pytest.raises(InputError, match=r"proximal must be >= 0, got proximal=-0.1"):
+        Fit(name="f", proximal=-0.1)
+    with pytest.raises(InputError, match="evaluations must be at least 1, got 0"):
+        Refit(name="r", evaluations=0)
     with pytest.raises(InputError, match="evaluations must be at least 1, got 0"):
         Fit(name="f", evaluations=0)
 
 
-def test_align_is_open_below_the_head_and_fit_at_it() -> None:
+def test_align_is_open_below_the_head_and_every_level_may_have_it_fitted() -> None:
     align, fit = Align(name="a"), Fit(name="f")
     assert [align.applies(level, 3) for level in range(3)] == [True, True, False]
-    assert [fit.applies(level, 3) for level in range(3)] == [False, False, True]
-    assert align.applies(0, 1) and fit.applies(0, 1)
+    assert all(fit.applies(level, 3) and fit.levels(level, 3) == (2,) for level in range(3))
+    assert align.applies(0, 1)
+    refit = Refit(name="r", examples=10)
+    assert refit.applies(2, 3) and not refit.applies(0, 1)
+    assert refit.levels(1, 3) == (0, 1, 2)
+    assert refit.passes((0, 1, 2), 100) == (((0, 1), 10), ((2,), 100))
+    assert refit.parts == (Align(name="r", examples=10), Fit(name="r"))
 
 
 @pytest.mark.parametrize(

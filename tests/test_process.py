@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from synthetic import SyntheticStages, price, spec_of
 
 from rlhf_ray.errors import InputError
-from rlhf_ray.operations import Skip, Stop, Train, default_operations
+from rlhf_ray.operations import Align, Skip, Stop, Train, default_operations
 from rlhf_ray.process import (
     ProcessSettings,
     RewardWeights,
@@ -46,17 +46,18 @@ def test_mask_at_the_start_opens_each_effect_once():
     state = begin(spec, SyntheticStages())
     names = {name for name, _ in open_actions(spec, state)}
     # at the bottom "up" is "all": the first of the two stands for both
-    assert names == {"train_low", "train_mid", "train_high", "train_up", "align", "skip", "stop"}
+    assert names == {"train_low", "train_mid", "train_high", "train_up", "refit", "skip", "stop"}
 
 
 def test_mask_opens_operations_to_the_levels_that_they_apply_to():
-    spec, stages = spec_of(3), SyntheticStages()
+    operations = [Align(name="align"), *default_operations()]
+    spec, stages = spec_of(3, operations=operations), SyntheticStages()
     opened = [
         {name for name, _ in open_actions(spec, begin(spec, stages, level=level))}
         for level in range(3)
     ]
     assert ["align" in names for names in opened] == [True, True, False]
-    assert ["fit" in names for names in opened] == [False, False, True]
+    assert all("refit" in names for names in opened)
 
 
 def test_mask_at_the_head_closes_up_which_is_the_level_itself():
@@ -113,7 +114,7 @@ def test_mask_closes_stages_whose_price_exceeds_what_is_left_of_the_budget():
     state = begin(spec, stages)
     names = {name for name, _ in open_actions(spec, state)}
     # all levels cost 1.6
-    assert names == {"train_low", "train_mid", "train_high", "align", "skip", "stop"}
+    assert names == {"train_low", "train_mid", "train_high", "skip", "stop"}
     state, _ = act(spec, stages, state, "train_mid", 2)
     assert "train_mid" in {name for name, _ in open_actions(spec, state)}  # 0.7 + 0.6: just so
     state, _ = act(spec, stages, state, "train_mid", 1)

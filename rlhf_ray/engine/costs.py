@@ -5,6 +5,7 @@ by the same rule. What is charged in which unit stands in `env`; seconds are mea
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from rlhf_ray.engine.alignment import (
+    align_where_it_helps,
+    output_moments,
+    readable,
+    weighted_modules,
+)
 from rlhf_ray.engine.fitting import layer_inputs, output_layer, output_loss
 from rlhf_ray.engine.segments import SegmentPlan, no_fast_path
 from rlhf_ray.levels import LevelSplit
-from rlhf_ray.operations import FlopCounts
+from rlhf_ray.operations import FlopCounts, Pass
 from rlhf_ray.tasks import Task, call_model, map_inputs, n_examples
 
 _aten = torch.ops.aten
@@ -61,6 +68,7 @@ class FlopModel:
         self._forward: dict[tuple[int, int], float] = {}
         self._train: dict[tuple[int, ...], float] = {}
         self._output: float | None = None
+        self._align: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def forward(self, start: int, stop: int) -> float:
         """FLOPs per example of an eval-mode run between usable boundaries; stop = L: the output."""
@@ -102,6 +110,38 @@ class FlopModel:
             with _measuring(self._model):
                 self._output = self._output_step()
         return self._output
+
+    def align(self, levels: tuple[int, ...]) -> tuple[float, float]:
+        """FLOPs of aligning levels in turn, each where it helps: per example, and once.
+
+        0 where the model's outputs cannot be held against the targets.
+        """
+        if levels not in self._align:
+            with _measuring(self._model), torch.no_grad():
+                few, more = (self._align_flops(levels, n) for n in (1, 2))
+            per_example = (more - few) / _BATCH
+            self._align[levels] = per_example, few - _BATCH * per_example
+        return self._align[levels]
+
+    def _align_flops(self, levels: tuple[int, ...], n_batches: int) -> float:
+        start = self.plan.nearest(min(levels))
+        inputs = map_inputs(lambda value: torch.cat([value] * n_batches), self._inputs)
+        targets = torch.cat([self._targets] * n_batches)
+        values = self.plan.forward(self.plan.start(inputs), 0, start)
+        modules = [weighted_modules(self._model, self._split, (level,)) for level in levels]
+        with output_moments({n: m for level in modules for n, m in level.items()}) as moments:
+            outputs = self.plan.output(values, start)
+        if not readable(outputs, targets):
+            return 0.0
+        with FlopCounterMode(display=False) as counter:
+            align_where_it_helps(
+                modules,
+                moments(),
+                lambda: self.plan.output(values, start),
+                targets,
+                margin=math.inf,  # it is taken back
+            )
+        return counter.get_total_flops()
 
     def _output_step(self) -> float:
         layer = output_layer(self._model, self._split, self._inputs)
@@ -180,7 +220,7 @@ class StageFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class StageWork:
-    """Which runs a stage makes.
+    """Which runs a pass of a stage makes.
 
     Attributes:
         fill_from, fill_to: boundaries between which train examples are run without gradients.
@@ -214,17 +254,18 @@ class CacheLedger:
         return cls(usable=boundaries, val=frozenset(boundaries))
 
     def fold(
-        self, levels: Sequence[int], *, n_train: int, n_drawn: int
+        self, levels: Sequence[int], *, n_train: int, n_drawn: int, evaluated: bool = True
     ) -> tuple["CacheLedger", StageWork]:
-        """What a stage that trains some levels runs, and what is cached after it.
+        """What a pass that changes some levels runs, and what is cached after it.
 
         Args:
-            levels: the trained levels; not empty.
+            levels: that are changed; not empty.
             n_train: examples in the train split.
-            n_drawn: examples that the stage draws from it (steps x batch size).
+            n_drawn: examples that the pass draws from it (steps x batch size).
+            evaluated: whether the state is evaluated after it, which fills val at all boundaries.
 
         Returns:
-            The ledger after the stage, and the stage's work.
+            The ledger after the pass, and its work.
         """
         lowest = min(levels)
         start = max(b for b in self.usable if b <= lowest)
@@ -240,8 +281,8 @@ class CacheLedger:
             n_filled=min(n_train, n_drawn),
             evaluate_from=max(val),
         )
-        after = CacheLedger(usable=self.usable, train=train, val=frozenset(self.usable))
-        return after, work
+        val = frozenset(self.usable) if evaluated else val
+        return CacheLedger(usable=self.usable, train=train, val=val), work
 
 
 def start_flops(flops: FlopModel, n_val: int, *, n_probe: int = 0) -> StageFlops:
@@ -261,34 +302,39 @@ def start_flops(flops: FlopModel, n_val: int, *, n_probe: int = 0) -> StageFlops
 
 def stage_flops(
     flops: FlopCounts,
-    history: Sequence[tuple[int, ...]],
+    history: Sequence[Sequence[Pass]],
     *,
     n_train: int,
     n_val: int,
-    n_drawn: int | Sequence[int],
     own: float | None = None,
 ) -> StageFlops:
     """Cost of the last stage of a path, whoever carried out which part of it before.
 
     Args:
         flops: FLOPs per example.
-        history: the levels trained by each stage so far, the one to account last.
+        history: the passes of each stage so far (`Operation.passes`), the one to account last.
         n_train: examples in the train split.
         n_val: examples evaluated after each stage.
-        n_drawn: examples drawn by a stage (steps x batch size): of each, or the same for all.
         own: FLOPs of the last stage's own work (`Operation.flops`); None: of training its levels
             on the examples that it draws.
 
     Returns:
         The stage's FLOPs.
     """
-    drawn = [n_drawn] * len(history) if isinstance(n_drawn, int) else list(n_drawn)
-    ledger, work = CacheLedger.started(flops.usable), None
-    for levels, n in zip(history, drawn, strict=True):
-        ledger, work = ledger.fold(levels, n_train=n_train, n_drawn=n)
-    assert work is not None, "history must hold the stage to account"
+    ledger, works = CacheLedger.started(flops.usable), []
+    for passes in history:
+        works = []
+        for place, (levels, n_drawn) in enumerate(passes, start=1):
+            evaluated = place == len(passes)
+            ledger, work = ledger.fold(
+                levels, n_train=n_train, n_drawn=n_drawn, evaluated=evaluated
+            )
+            works.append(work)
+    assert works, "history must hold the stage to account"
+    if own is None:
+        own = sum(n_drawn * flops.train_step(levels) for levels, n_drawn in history[-1])
     return StageFlops(
-        fill=work.n_filled * flops.forward(work.fill_from, work.fill_to),
-        train=drawn[-1] * flops.train_step(tuple(history[-1])) if own is None else own,
-        evaluate=n_val * flops.forward(work.evaluate_from, len(flops.usable)),
+        fill=sum(w.n_filled * flops.forward(w.fill_from, w.fill_to) for w in works),
+        train=own,
+        evaluate=n_val * flops.forward(works[-1].evaluate_from, len(flops.usable)),
     )

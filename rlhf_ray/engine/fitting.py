@@ -1,6 +1,8 @@
-"""The output layer fitted on its own: a linear probe by L-BFGS (`operations.Fit`)."""
+"""The output layer fitted on its own, to the end, by L-BFGS (`operations.Fit`)."""
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +56,13 @@ def layer_inputs(layer: nn.Linear, run: Callable[[], object]) -> Tensor:
 
 
 def output_loss(
-    layer: nn.Linear, features: Tensor, targets: Tensor, loss: Loss, l2: float = 0.0
+    layer: nn.Linear,
+    features: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    proximal: float = 0.0,
+    anchors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """The loss as a function of the layer alone.
 
@@ -63,15 +71,17 @@ def output_loss(
         features: the layer's inputs (N, ..., n_in).
         targets: (N, ...).
         loss: (outputs, targets) -> scalar.
-        l2: l2 / 2 times the squared parameters is added.
+        proximal: half of it times the squared distance of the parameters from `anchors` is added.
+        anchors: shaped like the parameters, in their order.
 
     Returns:
         The loss, what is minimised (both detached), and its gradient per parameter.
     """
     parameters = list(layer.parameters())
     value = plain = loss(F.linear(features, layer.weight, layer.bias), targets)
-    if l2:
-        value = plain + l2 / 2 * sum(parameter.square().sum() for parameter in parameters)
+    if proximal:
+        pairs = zip(parameters, anchors, strict=True)
+        value = plain + proximal / 2 * sum((p - anchor).square().sum() for p, anchor in pairs)
     return plain.detach(), value.detach(), torch.autograd.grad(value, parameters)
 
 
@@ -81,46 +91,66 @@ def fit_output(
     targets: Tensor,
     loss: Loss,
     *,
-    l2: float,
+    proximal: float,
     evaluations: int,
 ) -> Tensor:
     """Minimises the loss over the output layer by L-BFGS (Liu and Nocedal 1989).
 
-    Without a line search: then the number of evaluations, and so the account, is known beforehand.
+    It evaluates exactly as often as it says, so that the account is known beforehand: a line search
+    is cut off where they are spent, and the best point that was met is kept.
 
     Args:
         layer: changed in place; afterwards its parameters take no gradients.
         features: the layer's inputs (N, ..., n_in), float32.
         targets: (N, ...).
         loss: (outputs, targets) -> scalar.
-        l2: see `output_loss`.
-        evaluations: of loss and gradient.
+        proximal: pull towards the weights that the layer has, see `output_loss`.
+        evaluations: of loss and gradient, >= 1.
 
     Returns:
-        The loss at the last evaluation, without the addition, float32 (1,).
+        The loss at the point that is kept, without the pull, float32 (1,).
     """
-    losses: list[Tensor] = []
+    parameters = list(layer.parameters())
+    anchors = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.LBFGS(
-        layer.parameters(),
+        parameters,
         max_iter=evaluations,
         max_eval=evaluations,
         tolerance_grad=0.0,
         tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
+    best, kept, kept_loss, done = math.inf, anchors, None, 0
 
     def closure() -> Tensor:
-        plain, value, gradients = output_loss(layer, features, targets, loss, l2)
-        losses.append(plain)
-        for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+        nonlocal best, kept, kept_loss, done
+        if done == evaluations:
+            raise _SpentError
+        plain, value, gradients = output_loss(
+            layer, features, targets, loss, proximal=proximal, anchors=anchors
+        )
+        done += 1
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        if kept_loss is None or float(value) < best:
+            best, kept_loss = float(value), plain
+            kept = [parameter.detach().clone() for parameter in parameters]
         return value
 
-    for parameter in layer.parameters():
+    for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        optimizer.step(closure)  # pyright: ignore[reportArgumentType] declared to give a float
-        return losses[-1].float().view(1)
+        with contextlib.suppress(_SpentError):
+            while True:  # it may end early, where it cannot get any lower
+                optimizer.step(closure)  # pyright: ignore[reportArgumentType] declared to give a float
     finally:
-        for parameter in layer.parameters():
+        for parameter, value in zip(parameters, kept, strict=True):
             parameter.requires_grad_(False)
             parameter.grad = None
+            parameter.copy_(value)
+    assert kept_loss is not None
+    return kept_loss.float().view(1)
+
+
+class _SpentError(Exception):
+    """All evaluations are spent."""

@@ -1,11 +1,12 @@
 """What stages will cost, before they are carried out: plain data that travels between processes.
 
-The account is that of `costs`, so a price is what the outcome will say. What an operation charges
-for work of its own (`StageSession.charge`) is known afterwards only, and no part of it.
+The account is that of `costs`, so a price is what the outcome will say, but for two things that are
+known afterwards only: what an operation charges for work of its own (`StageSession.charge`), and
+that a stage which leaves levels as they were (`Align`) is evaluated from above them.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from rlhf_ray.engine.costs import FlopModel, stage_flops
@@ -20,6 +21,7 @@ class FlopTable:
     forwards: Mapping[tuple[int, int], float]
     train_steps: Mapping[tuple[int, ...], float]
     output: float
+    aligns: Mapping[tuple[int, ...], tuple[float, float]]
 
     def forward(self, start: int, stop: int) -> float:
         """Of an eval-mode run between usable boundaries; stop = L: the output."""
@@ -32,6 +34,10 @@ class FlopTable:
     def output_step(self) -> float:
         """Of the loss and its gradient as functions of the output layer alone."""
         return self.output
+
+    def align(self, levels: tuple[int, ...]) -> tuple[float, float]:
+        """Of aligning levels in turn, each where it helps: per example, and once."""
+        return self.aligns[levels]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,15 +58,14 @@ class StagePrices:
         table, last = self.tables[task], path[-1]
         return stage_flops(
             table,
-            [step.levels for step in path],
+            [step.operation.passes(step.levels, n_train) for step in path],
             n_train=n_train,
             n_val=n_val,
-            n_drawn=[step.operation.examples_drawn(n_train) for step in path],
             own=last.operation.flops(table, last.levels, n_train),
         ).total
 
 
-def flop_table(flops: FlopModel, level_sets: Iterable[tuple[int, ...]]) -> FlopTable:
+def flop_table(flops: FlopModel, level_sets: Collection[tuple[int, ...]]) -> FlopTable:
     """Counts all that a stage may run that trains one of some sets of levels (ascending)."""
     ends = [*(b for b, can in enumerate(flops.usable) if can), len(flops.usable)]
     return FlopTable(
@@ -68,4 +73,5 @@ def flop_table(flops: FlopModel, level_sets: Iterable[tuple[int, ...]]) -> FlopT
         forwards={pair: flops.forward(*pair) for pair in itertools.combinations(ends, 2)},
         train_steps={levels: flops.train_step(levels) for levels in level_sets},
         output=flops.output_step(),
+        aligns={levels: flops.align(levels) for levels in level_sets},
     )

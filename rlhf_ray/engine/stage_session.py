@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.engine.alignment import OutputMoments, aligning, weighted_modules
+from rlhf_ray.digests import derive_seed
+from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weighted_modules
 from rlhf_ray.engine.fitting import fit_output, layer_inputs
 from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
@@ -24,7 +25,12 @@ from rlhf_ray.tasks import Task
 
 
 class Session:
-    """What an operation works with, for the length of one stage (`operations.StageSession`)."""
+    """What an operation works with, for the length of one stage (`operations.StageSession`).
+
+    Attributes:
+        charged: FLOPs of the operation's own.
+        changed: those of its levels that are not what they were before.
+    """
 
     def __init__(
         self,
@@ -33,14 +39,16 @@ class Session:
         levels: tuple[int, ...],
         parent: Outcome,
         load: Load,
-        seed: int,
+        key: str,
         source: OutputMoments,
     ) -> None:
         self.levels = levels
         self.task = task
-        self.generator = torch.Generator().manual_seed(seed)
         self.charged = 0.0
-        self._seed = seed
+        self.changed = levels
+        self._key = key
+        self._seed = derive_seed("stage", key)
+        self.generator = torch.Generator().manual_seed(self._seed)
         self._loaded = loaded
         self._parent = parent
         self._load = load
@@ -98,32 +106,35 @@ class Session:
             self._kept = optimizer_state(optimizer, parameters)
             self._kept_name = settings.optimizer
 
-    def align(self, settings: Align) -> None:
-        """Gives the outputs of the session's levels the moments that they have on the source."""
-        loaded, plan = self._loaded, self._loaded.plan
+    def align(self, settings: Align, levels: tuple[int, ...]) -> None:
+        """Aligns some of the session's levels with the source, in turn, as the settings say."""
+        loaded = self._loaded
         data = loaded.data(self.task, "train")
-        start, stop = span(plan.usable, self.levels)
+        start = loaded.plan.nearest(min(levels))
         n = settings.examples_drawn(data.n)
         take = loaded.train_source(self.task, self._parent.versions, start, n)
         drawn = torch.randperm(data.n, generator=self.generator)[:n].to(loaded.device)
-        modules = weighted_modules(loaded.model, loaded.split, self.levels)
-        with torch.no_grad(), aligning(modules, self._source):
+        with torch.no_grad():
             values = take(drawn)
-            if stop == plan.n_levels:
-                loaded.output(values, start)
-            else:
-                with loaded.autocast():
-                    plan.forward(values, start, stop)
+        aligned = align_where_it_helps(
+            [weighted_modules(loaded.model, loaded.split, (level,)) for level in levels],
+            self._source,
+            lambda: loaded.output(values, start),
+            data.targets[drawn],
+            margin=settings.margin,
+        )
+        left = {level for level, done in zip(levels, aligned, strict=True) if not done}
+        self.changed = tuple(level for level in self.changed if level not in left)
 
     def fit(self, settings: Fit) -> None:
         """Fits the output layer to the task's train split."""
         loaded = self._loaded
         data = loaded.data(self.task, "train")
-        layer = loaded.output_layer
+        layer, last = loaded.output_layer, loaded.plan.n_levels - 1
         if layer is None:
             raise InputError(f"{settings.name} must have {NEEDS['output layer']}.")
-        start, _ = span(loaded.plan.usable, self.levels)
-        take = loaded.train_source(self.task, self._parent.versions, start, data.n)
+        start, _ = span(loaded.plan.usable, (last,))
+        take = loaded.train_source(self.task, self.versions(), start, data.n)
         chunks = torch.arange(data.n, device=loaded.device).split(CHUNK)
         features = layer_inputs(layer, lambda: [loaded.output(take(i), start) for i in chunks])
         self._losses.append(
@@ -132,7 +143,7 @@ class Session:
                 features,
                 data.targets,
                 self.task.loss,
-                l2=settings.l2,
+                proximal=settings.proximal,
                 evaluations=settings.evaluations,
             )
         )
@@ -146,6 +157,13 @@ class Session:
             if devices:
                 torch.cuda.manual_seed(self._seed)
             operation.run(self)
+
+    def versions(self) -> tuple[str, ...]:
+        """Of the state that the stage leads to."""
+        return tuple(
+            self._key if level in self.changed else version
+            for level, version in enumerate(self._parent.versions)
+        )
 
     def healthy(self) -> bool:
         """Whether losses and weights are finite."""
@@ -176,7 +194,7 @@ class Session:
                 },
                 optimizer_name=self._kept_name,
             )
-            for level in self.levels
+            for level in self.changed
         }
 
     def _earlier(self, optimizer: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -136,23 +137,24 @@ class Engine:
             step.levels,
             parent,
             load,
-            derive_seed("stage", key),
+            key,
             source.outputs if source else {},
         )
         self._loaded.mark(step.levels, None)  # dirty until the stage has ended well
         session.carry_out(step.operation)
-        versions = tuple(
-            key if level in step.levels else version
-            for level, version in enumerate(parent.versions)
-        )
-        val = self._loaded.data(task, "val")
-        figures = (math.nan,) * 3
-        if session.healthy():
-            self._loaded.mark(step.levels, key)
-            figures = _figures(task, self._loaded.outputs(task, val, versions), val.targets)
-        diverged = not all(map(math.isfinite, figures))
+        versions, figures = session.versions(), (parent.metric, parent.loss, parent.entropy)
+        for level in step.levels:  # those that it left as they were
+            if level not in session.changed:
+                self._loaded.mark((level,), versions[level])
+        diverged = not session.healthy()
+        if session.changed and not diverged:
+            self._loaded.mark(session.changed, key)
+            val = self._loaded.data(task, "val")
+            found = _figures(task, self._loaded.outputs(task, val, versions), val.targets)
+            diverged = not all(map(math.isfinite, found))
+            figures = figures if diverged else found
         if diverged:
-            figures, versions = (parent.metric, parent.loss, parent.entropy), parent.versions
+            versions = parent.versions
         outcome = Outcome(
             key=key,
             metric=figures[0],
@@ -160,7 +162,7 @@ class Engine:
             entropy=figures[2],
             train_loss=parent.train_loss if diverged else session.train_loss(),
             diverged=diverged,
-            flops=_flops(self._ledger(request), session.charged),
+            flops=_flops(self._ledger(request, session.changed), session.charged),
             time_s=time.perf_counter() - began,
             versions=versions,
             meta=self._meta,
@@ -225,21 +227,26 @@ class Engine:
         """Train examples, and val examples that decisions use."""
         return n_examples(task.train[0]), min(n_examples(task.val[0]), self.settings.val_size)
 
-    def _ledger(self, request: StageRequest) -> StageFlops:
+    def _ledger(self, request: StageRequest, changed: tuple[int, ...] | None = None) -> StageFlops:
+        """The account of a request; of its levels only those that changed are evaluated anew."""
         task = self._suite.task(request.task)
         n_train, n_val = self._sizes(task)
         flops = self._flop_model(task)
         if not request.path:
             return start_flops(flops, n_val, n_probe=min(self.settings.probe_size, n_train))
         last = request.path[-1]
-        return stage_flops(
+        found = stage_flops(
             flops,
-            [step.levels for step in request.path],
+            [step.operation.passes(step.levels, n_train) for step in request.path],
             n_train=n_train,
             n_val=n_val,
-            n_drawn=[step.operation.examples_drawn(n_train) for step in request.path],
             own=last.operation.flops(flops, last.levels, n_train),
         )
+        if changed in (None, last.levels):
+            return found
+        end = flops.plan.n_levels
+        start = flops.plan.nearest(min(changed)) if changed else end
+        return replace(found, evaluate=n_val * flops.forward(start, end))
 
     def _gradient_probe(self, task: Task) -> tuple[tuple[float, ...], float]:
         train = self._loaded.data(task, "train")

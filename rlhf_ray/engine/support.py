@@ -3,14 +3,15 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
-from rlhf_ray.engine.alignment import weighted_modules
+from rlhf_ray.engine.alignment import readable, weighted_modules
 from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.operations import NEEDS, Operation
-from rlhf_ray.tasks import Suite, map_inputs
+from rlhf_ray.tasks import Suite, call_model, map_inputs
 
 
 def what_there_is(suite: Suite) -> frozenset[str]:
@@ -20,8 +21,13 @@ def what_there_is(suite: Suite) -> frozenset[str]:
     if suite.source is not None and weighted_modules(suite.model, split, range(split.n_levels)):
         found.add("source")
     device = next(suite.model.parameters()).device
-    example = map_inputs(lambda value: value[:2].to(device), suite.train_tasks[0].train[0])
+    task = suite.train_tasks[0]
+    example = map_inputs(lambda value: value[:2].to(device), task.train[0])
     with _evaluating(suite.model):
+        with torch.no_grad():
+            outputs = call_model(suite.model, example)
+        if readable(outputs, task.train[1][:2].to(device)):
+            found.add("readable targets")
         if output_layer(suite.model, split, example) is not None:
             found.add("output layer")
     return frozenset(found)
@@ -31,6 +37,8 @@ def supported(
     suite: Suite, operations: Sequence[Operation], *, asked: Sequence[str] = ()
 ) -> tuple[tuple[Operation, ...], list[str]]:
     """The operations that a suite has what they need for, and lines about the others.
+
+    Of an operation that consists of several those stand in that are possible.
 
     Args:
         suite: whose model is to be tuned.
@@ -43,17 +51,20 @@ def supported(
     there = what_there_is(suite)
     kept, left_out = [], []
     for operation in operations:
-        missing = [need for need in operation.needs if need not in there]
+        missing = [need for need in dict.fromkeys(operation.needs) if need not in there]
         if not missing:
             kept.append(operation)
             continue
+        parts = [part for part in operation.parts if set(part.needs) <= there]
         reason = f"{operation.name} needs {' and '.join(NEEDS[need] for need in missing)}"
         if operation.name in asked:
             raise InputError(
                 f"operations must be possible on the suite, got {operation.name!r} for "
                 f"{suite.name!r}: {reason}."
             )
-        left_out.append(f"left out: {reason}")
+        kept += parts
+        kinds = " and ".join(type(part).__name__.lower() for part in parts)
+        left_out.append(f"{f'only its {kinds}' if parts else 'left out'}: {reason}")
     return tuple(kept), left_out
 
 

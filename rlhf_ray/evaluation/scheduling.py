@@ -18,7 +18,7 @@ from rlhf_ray.evaluation.choosing import REPLICA
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.rollouts import THREADS, Stages, concurrently, walk
 from rlhf_ray.operations import Skip, Train
-from rlhf_ray.policies.schedules import Move, Schedule, moves, path_of
+from rlhf_ray.policies.schedules import Move, Schedule, moves, path_of, placed
 from rlhf_ray.process import ProcessSpec
 
 ROUNDS = ((2, 8), (6, 3), (12, 1))
@@ -70,13 +70,13 @@ def tuned_schedule(
     best, before = ranked[0], ()
     tell(f"schedule: {describe(spec, best)}")
     while others and len(before) < spec.settings.horizon - 1:
-        tried = {other: tuner.filled(_with(before, other), best[-1]) for other in others}
+        tried = {other: tuner.filled(_with(spec, before, other), best[-1]) for other in others}
         challenger = tuner.ranked(list(tried.values()))[0]
         if not tuner.better(challenger, best):
             break
         best = challenger
         found = next(other for other, schedule in tried.items() if schedule == challenger)
-        before = _with(before, found)
+        before = _with(spec, before, found)
         others.remove(found)
         tell(f"schedule: {describe(spec, best)}")
     if before:
@@ -87,14 +87,23 @@ def tuned_schedule(
 
 
 def describe(spec: ProcessSpec, schedule: Schedule) -> str:
-    """A schedule in words."""
-    names = spec.levels
-    return ", ".join(f"{move.operation.name} {names[move.level]}" for move in schedule) or "none"
+    """A schedule in words: what is done, and the lowest level changed where it is not all."""
+
+    def word(move: Move) -> str:
+        changed = move.operation.levels(move.level, spec.n_levels)
+        where = "" if len(changed) == spec.n_levels else f" {spec.levels[changed[0]]}"
+        return move.operation.name + where
+
+    return ", ".join(map(word, schedule)) or "none"
 
 
-def _with(before: Schedule, other: Move) -> Schedule:
-    """In the order of the levels: what is done to one changes what those above it see."""
-    return tuple(sorted((*before, other), key=lambda move: move.level))
+def _with(spec: ProcessSpec, before: Schedule, other: Move) -> Schedule:
+    """In the order of the levels changed: what is done to one changes what those above it see."""
+
+    def changed(move: Move) -> tuple[int, ...]:
+        return move.operation.levels(move.level, spec.n_levels)
+
+    return tuple(sorted((*before, other), key=changed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +119,8 @@ class _Tuner:
 
     def filled(self, before: Schedule, training: Move) -> Schedule:
         """What comes before, then the training to the horizon."""
-        return (*before, *(training,) * (self.spec.settings.horizon - len(before)))
+        rest = self.spec.settings.horizon - len(before)
+        return placed((*before, *(training,) * rest), self.spec.n_levels)
 
     def ranked(self, schedules: Sequence[Schedule]) -> list[Schedule]:
         """All of them after a race: the winner first, those that fell behind soonest last."""
@@ -123,15 +133,10 @@ class _Tuner:
         return alive + out
 
     def better(self, challenger: Schedule, best: Schedule) -> bool:
-        """Whether a schedule gains more on all tasks than the gain's standard error over them."""
+        """Whether a schedule has more utility on all tasks, each at the length that pays best."""
         n = len(self.tasks)
         self._meet([challenger, best], n)
-        lengths = [int(self._means(schedule, n).argmax()) for schedule in (challenger, best)]
-        gains_T = np.array(
-            [new[lengths[0]] - old[lengths[1]]
-             for new, old in zip(self.met[challenger], self.met[best], strict=True)]
-        )  # fmt: skip
-        return float(gains_T.mean()) > float(gains_T.std() / n**0.5)
+        return self._means(challenger, n).max() > self._means(best, n).max()
 
     def shortened(self, schedule: Schedule) -> Schedule:
         """As long as pays on all train tasks; empty where no length does."""
@@ -158,7 +163,8 @@ class _Tuner:
         schedule, task = pair
         path = path_of(schedule, self.spec.n_levels)
         stages = self.stages(f"{describe(self.spec, schedule)}/{task}")
-        found = walk(self.spec, stages, task, REPLICA, path)
+        acting = [move.level for move in schedule]
+        found = walk(self.spec, stages, task, REPLICA, path, acting=acting)
         states = [found[min(n, len(found) - 1)].state for n in range(len(schedule) + 1)]
         score = self.spec.score
         return np.array([self.utility.of(score(s.best), s.cost, s.switches) for s in states])

@@ -48,6 +48,26 @@ def moves(operations: Sequence[Operation], n_levels: int) -> list[Move]:
     return list(found.values())
 
 
+def placed(schedule: Sequence[Move], n_levels: int) -> Schedule:
+    """The same stages, each asked for where it takes the fewest switches, from level 0 on.
+
+    An operation may change the same levels whichever of several acts (`Fit`, "all").
+    """
+    found: list[Move] = []
+    for move in schedule:
+        here = found[-1].level if found else 0
+        levels = move.operation.levels(move.level, n_levels)
+        alike = [
+            level
+            for level in range(n_levels)
+            if move.operation.applies(level, n_levels)
+            and move.operation.levels(level, n_levels) == levels
+        ]
+        level = min(alike, key=lambda level: abs(level - here))
+        found.append(Move(operation=move.operation, level=level))
+    return tuple(found)
+
+
 def path_of(schedule: Schedule, n_levels: int) -> StagePath:
     """The stages of a schedule."""
     return tuple(move.step(n_levels) for move in schedule)

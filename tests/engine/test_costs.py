@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES, Case, Lstm, TorchTransformer
 
-from rlhf_ray.engine.costs import CacheLedger, FlopModel, stage_flops, start_flops
+from rlhf_ray.engine.costs import CacheLedger, FlopModel, StageFlops, stage_flops, start_flops
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
 from rlhf_ray.levels import LevelSplit, split_levels
 from rlhf_ray.tasks import Task
@@ -33,9 +33,17 @@ def _flops(case: Case, model: nn.Module | None = None) -> tuple[FlopModel, Task,
     return FlopModel(plan, model, split, task), task, split
 
 
+def _stage_flops(
+    flops: FlopModel, history: Sequence[tuple[int, ...]], *, n_train: int, n_val: int, n_drawn: int
+) -> StageFlops:
+    """The last stage of several that each train some levels on as many examples."""
+    passes = [((levels, n_drawn),) for levels in history]
+    return stage_flops(flops, passes, n_train=n_train, n_val=n_val)
+
+
 def _path_flops(flops: FlopModel, history: Sequence[tuple[int, ...]], **sizes: int) -> float:
     """Total of a path: the start and every stage."""
-    stages = [stage_flops(flops, history[: i + 1], **sizes).total for i in range(len(history))]
+    stages = [_stage_flops(flops, history[: i + 1], **sizes).total for i in range(len(history))]
     return start_flops(flops, sizes["n_val"]).total + sum(stages)
 
 
@@ -209,12 +217,12 @@ def test_probe_is_a_training_step_over_all_levels() -> None:
 def test_ledger_charges_a_fill_once_and_again_after_a_change_below() -> None:
     flops, _, _ = _flops(CASES["cnn4"])
     sizes = {"n_train": 12, "n_val": 5, "n_drawn": 16}
-    first = stage_flops(flops, [(3,)], **sizes)
+    first = _stage_flops(flops, [(3,)], **sizes)
     assert first.fill == 12 * flops.forward(0, 3)
     assert first.evaluate == 5 * flops.forward(3, 4)
-    assert stage_flops(flops, [(3,), (3,)], **sizes).fill == 0
-    assert stage_flops(flops, [(3,), (1,)], **sizes).fill == 0  # boundary 1 was passed
-    assert stage_flops(flops, [(3,), (1,), (3,)], **sizes).fill == 12 * flops.forward(1, 3)
+    assert _stage_flops(flops, [(3,), (3,)], **sizes).fill == 0
+    assert _stage_flops(flops, [(3,), (1,)], **sizes).fill == 0  # boundary 1 was passed
+    assert _stage_flops(flops, [(3,), (1,), (3,)], **sizes).fill == 12 * flops.forward(1, 3)
 
 
 def test_ledger_does_not_fill_for_fewer_examples_than_the_split_holds() -> None:
@@ -225,6 +233,17 @@ def test_ledger_does_not_fill_for_fewer_examples_than_the_split_holds() -> None:
     assert (work.n_filled, ledger.train) == (100, {0, 1, 2})
     _, work = ledger.fold((2,), n_train=100, n_drawn=10)
     assert (work.fill_from, work.fill_to) == (0, 2)  # whatever an earlier stage had filled
+
+
+def test_ledger_evaluates_once_after_several_passes() -> None:
+    flops, _, _ = _flops(CASES["cnn4"])
+    two = (((0, 1), 4), ((3,), 12))
+    cost = stage_flops(flops, [two], n_train=12, n_val=5)
+    assert cost.evaluate == 5 * flops.forward(0, 4)  # from the lowest level that changed
+    assert cost.fill == 12 * flops.forward(0, 3)
+    # and what the second pass filled serves the next stage
+    after = stage_flops(flops, [two, (((2, 3), 16),)], n_train=12, n_val=5)
+    assert after.fill == 0 and after.evaluate == 5 * flops.forward(2, 4)
 
 
 def test_ledger_goes_around_boundaries_that_cannot_be_cached() -> None:
@@ -254,7 +273,8 @@ def test_ledger_never_exceeds_the_plain_loop(
 ) -> None:
     flops = _cnn_flops()
     drawn = data.draw(st.lists(st.integers(1, 300), min_size=len(history), max_size=len(history)))
-    cost = stage_flops(flops, history, n_train=n_train, n_val=n_val, n_drawn=drawn)
+    passes = [((levels, n),) for levels, n in zip(history, drawn, strict=True)]
+    cost = stage_flops(flops, passes, n_train=n_train, n_val=n_val)
     plain_step = flops.forward(0, min(history[-1])) + flops.train_step(history[-1])
     assert cost.fill + cost.train <= drawn[-1] * plain_step * (1 + 1e-12)
     assert 0 < cost.evaluate <= n_val * flops.forward(0, 4)

@@ -19,6 +19,7 @@ def _probe() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 def test_fit_reaches_the_optimum_of_a_convex_loss() -> None:
     layer, features, targets = _probe()
+    anchors = [p.detach().double().clone() for p in layer.parameters()]
     reference = copy.deepcopy(layer).double()
     optimizer = torch.optim.LBFGS(
         reference.parameters(), max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
@@ -26,13 +27,14 @@ def test_fit_reaches_the_optimum_of_a_convex_loss() -> None:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        pull = sum(p.square().sum() for p in reference.parameters())
+        pairs = zip(reference.parameters(), anchors, strict=True)
+        pull = sum((p - anchor).square().sum() for p, anchor in pairs)
         loss = F.cross_entropy(reference(features.double()), targets) + 0.05 / 2 * pull
         loss.backward()
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    loss = fit_output(layer, features, targets, F.cross_entropy, l2=0.05, evaluations=80)
+    loss = fit_output(layer, features, targets, F.cross_entropy, proximal=0.05, evaluations=80)
     assert torch.allclose(layer.weight.double(), reference.weight, atol=1e-3)
     assert torch.allclose(layer.bias.double(), reference.bias, atol=1e-3)
     assert float(loss) == pytest.approx(float(F.cross_entropy(layer(features), targets)), abs=1e-4)
@@ -47,7 +49,7 @@ def test_fit_evaluates_as_often_as_it_says() -> None:
         calls.append(1)
         return F.cross_entropy(outputs, targets)
 
-    fit_output(layer, features, targets, loss, l2=0.01, evaluations=30)
+    fit_output(layer, features, targets, loss, proximal=0.01, evaluations=30)
     assert len(calls) == 30
 
 
@@ -63,3 +65,19 @@ def test_output_layer_is_the_linear_one_whose_output_is_the_models(name: str, fo
     if layer is not None:
         features = layer_inputs(layer, lambda: model(case.inputs(2)))
         assert features.shape[-1] == layer.in_features
+
+
+def test_a_strong_pull_keeps_the_layer_where_it_was() -> None:
+    layer, features, targets = _probe()
+    before = layer.weight.detach().clone()
+    fit_output(layer, features, targets, F.cross_entropy, proximal=1e4, evaluations=80)
+    assert torch.allclose(layer.weight, before, atol=1e-3)
+
+
+def test_fit_does_not_run_away_from_labels_that_the_layer_has_all_wrong() -> None:
+    layer, features, targets = _probe()
+    with torch.no_grad():
+        layer.weight.mul_(60)  # sure of itself, and mistaken
+        before = float(F.cross_entropy(layer(9 * features), targets))
+    fit_output(layer, 9 * features, targets, F.cross_entropy, proximal=1e-3, evaluations=80)
+    assert before > 50 and float(F.cross_entropy(layer(9 * features), targets)) < 1

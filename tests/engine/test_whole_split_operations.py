@@ -10,12 +10,13 @@ from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.support import supported, what_there_is
 from rlhf_ray.errors import InputError
-from rlhf_ray.operations import Align, Fit, Operation, Train, default_operations
+from rlhf_ray.operations import Align, Fit, Operation, Refit, Train, default_operations
 from rlhf_ray.outcomes import StagePath, StageRequest, StageStep
 from rlhf_ray.tree.stage_tree import LocalStages
 
 SETTINGS = EngineSettings(device="cpu", val_size=10, probe_size=6)
-ALIGN, FIT = Align(name="align", examples=8), Fit(name="fit", evaluations=20)
+ALIGN, FIT = Align(name="align", examples=8, margin=-1), Fit(name="fit", evaluations=20)
+REFIT = Refit(name="refit", examples=8, margin=-1, evaluations=20)
 TRAIN = Train(name="train", learning_rate=1e-2, steps=4, batch_size=8)
 CASES = ["cnn2", "cnn4", "norm_cnn", "resnet18", "transformer"]
 
@@ -26,7 +27,9 @@ def step(operation: Operation, level: int, n_levels: int) -> StageStep:
 
 def path_for(n_levels: int) -> StagePath:
     last = n_levels - 1
-    turns = ((ALIGN, 0), (FIT, last), (TRAIN, last), (ALIGN, last - 1), (FIT, last))
+    turns = (
+        (ALIGN, 0), (FIT, last), (TRAIN, last), (ALIGN, last - 1), (REFIT, 0), (TRAIN, last),
+    )  # fmt: skip
     return tuple(step(operation, level, n_levels) for operation, level in turns)
 
 
@@ -47,7 +50,7 @@ def test_account_is_what_torch_counts(name: str) -> None:
     suite = suite_of(zoo.CASES[name])
     path = path_for(len(suite.levels))
     engine = Engine(suite, SETTINGS)
-    stages, prices = LocalStages(engine), engine.prices([ALIGN, FIT, TRAIN])
+    stages, prices = LocalStages(engine), engine.prices([ALIGN, FIT, REFIT, TRAIN])
     stages.outcome(StageRequest(task="task"))
     for n in range(1, len(path) + 1):
         request = StageRequest(task="task", path=path[:n])
@@ -65,7 +68,7 @@ def test_aligning_to_the_source_what_is_the_source_changes_little(level: int) ->
     same = Engine(suite, SETTINGS)
     outputs = same.source_moments()
     assert outputs is not None and set(outputs.outputs) == {"0", "3", "7", "9"}
-    path = (step(Align(name="align", examples=20), level, 4),)
+    path = (step(Align(name="align", examples=20, margin=-1), level, 4),)
     stages = LocalStages(same)
     before = stages.outcome(StageRequest(task=task.name)).outcome
     after = stages.outcome(StageRequest(task=task.name, path=path)).outcome
@@ -87,11 +90,55 @@ def test_fit_lowers_the_train_loss_and_changes_the_output_layer_alone() -> None:
 
 def test_operations_are_left_out_where_the_suite_has_not_what_they_need() -> None:
     suite = suite_of(zoo.CASES["unet"])  # ends with a convolution
-    assert what_there_is(suite) == {"source"}
+    assert what_there_is(suite) == {"source", "readable targets"}
     suite = suite_of(zoo.CASES["cnn4"])
     object.__setattr__(suite, "source", None)
     kept, left_out = supported(suite, default_operations())
-    assert "fit" in {o.name for o in kept} and "align" not in {o.name for o in kept}
-    assert [line.split(" needs")[0] for line in left_out] == ["left out: align"]
+    assert [type(o) for o in kept if o.name == "refit"] == [Fit]
+    assert [line.split(" needs")[0] for line in left_out] == ["only its fit: refit"]
+    kept, left_out = supported(suite, [Align(name="align")])
+    assert not kept and left_out[0].startswith("left out: align needs source data")
     with pytest.raises(InputError, match="possible on the suite, got 'align' for 'zoo'"):
-        supported(suite, default_operations(), asked=("align",))
+        supported(suite, [Align(name="align")], asked=("align",))
+
+
+def test_an_alignment_that_is_taken_back_leaves_the_state_and_evaluates_nothing() -> None:
+    suite = suite_of(zoo.CASES["cnn4"])
+    engine = Engine(suite, SETTINGS)
+    stages, prices = LocalStages(engine), engine.prices([ALIGN, FIT, REFIT, TRAIN])
+    timid = step(Align(name="timid", examples=8, margin=0.99), 0, 4)
+    path = (step(TRAIN, 3, 4), timid, step(TRAIN, 3, 4))
+    before = stages.outcome(StageRequest(task="task", path=path[:1])).outcome
+    with FlopCounterMode(display=False) as counter:
+        after = stages.outcome(StageRequest(task="task", path=path[:2])).outcome
+    assert after.versions == before.versions
+    assert (after.metric, after.loss) == (before.metric, before.loss)
+    assert after.flops["evaluate"] == 0 and not after.diverged
+    assert sum(after.flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert sum(after.flops.values()) < prices("task", path[:2])
+    # what comes next goes on from there, its optimizer's state included
+    last = stages.outcome(StageRequest(task="task", path=path)).outcome
+    assert last.versions[:3] == before.versions[:3] and last.versions[3] == last.key
+    again = LocalStages(Engine(suite, SETTINGS)).outcome(StageRequest(task="task", path=path))
+    assert again.outcome.loss == last.loss
+
+
+def test_a_refit_evaluates_from_the_lowest_level_that_it_changed() -> None:
+    suite = suite_of(zoo.CASES["cnn4"])
+    engine = Engine(suite, SETTINGS)
+    stages = LocalStages(engine)
+    timid = step(Refit(name="timid", examples=8, margin=0.99), 0, 4)
+    engine.prices([timid.operation])  # counts, which the counter below would count, too
+    before = stages.outcome(StageRequest(task="task")).outcome
+    with FlopCounterMode(display=False) as counter:
+        after = stages.outcome(StageRequest(task="task", path=(timid,))).outcome
+    assert sum(after.flops.values()) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert after.versions[:3] == before.versions[:3] and after.versions[3] == after.key
+    alone = stages.outcome(StageRequest(task="task", path=(step(FIT, 0, 4),))).outcome
+    assert after.flops["evaluate"] == alone.flops["evaluate"]
+    bold = step(Refit(name="bold", examples=8, margin=-1), 0, 4)
+    path = (bold, step(TRAIN, 3, 4))
+    assert set(stages.outcome(StageRequest(task="task", path=path)).outcome.versions) == {
+        stages.identity.key(StageRequest(task="task", path=path[:1])),
+        stages.identity.key(StageRequest(task="task", path=path)),
+    }

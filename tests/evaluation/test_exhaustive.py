@@ -30,7 +30,7 @@ def test_steps_of_one_effect_are_one() -> None:
     # three rates at two levels; up from the first is all; up from the last is mid there
     trained = [step for step in steps if isinstance(step.operation, Train)]
     assert {(s.operation.name, s.levels) for s in steps if s not in trained} == {
-        ("align", (0,)), ("fit", (1,)),
+        ("refit", (0, 1)),
     }  # fmt: skip
     assert sorted((s.operation.learning_rate, s.levels) for s in trained) == [
         (3e-4, (0,)), (3e-4, (1,)), (1e-3, (0,)), (1e-3, (0, 1)), (1e-3, (1,)),

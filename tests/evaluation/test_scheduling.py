@@ -2,9 +2,11 @@ from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.scheduling import describe, tuned_schedule
+from rlhf_ray.operations import Align, Fit, default_operations
 from rlhf_ray.outcomes import StagePath
 
-SPEC = spec_of(3, horizon=4)
+OPERATIONS = [*default_operations(), Align(name="align"), Fit(name="fit")]
+SPEC = spec_of(3, horizon=4, operations=OPERATIONS)
 TASKS = [f"train{i}" for i in range(8)]
 UTILITY = Utility(tuning_cost=0.02, switch_cost=0.002)
 

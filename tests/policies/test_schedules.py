@@ -7,12 +7,13 @@ import torch
 from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.rollouts import play
-from rlhf_ray.operations import Align, Fit, Stop
+from rlhf_ray.operations import Align, Fit, Stop, default_operations
 from rlhf_ray.policies.networks import UNTRIED, LevelQNetworks, NetworkSettings, decided
 from rlhf_ray.policies.policy import Policy
-from rlhf_ray.policies.schedules import Move, as_json, decisions, from_json, moves, path_of
+from rlhf_ray.policies.schedules import Move, as_json, decisions, from_json, moves, path_of, placed
 
-SPEC = spec_of(3, horizon=4)
+OPERATIONS = [*default_operations(), Align(name="align"), Fit(name="fit")]
+SPEC = spec_of(3, horizon=4, operations=OPERATIONS)
 BY_NAME = {operation.name: operation for operation in SPEC.operations}
 
 
@@ -36,7 +37,7 @@ def test_moves_hold_every_effect_once_at_the_levels_that_may_ask_for_it() -> Non
     effects = {(str(m.operation.settings()), m.operation.levels(m.level, 3)) for m in found}
     assert len(effects) == len(found)
     assert {m.level for m in found if isinstance(m.operation, Align)} == {0, 1}
-    assert {m.level for m in found if isinstance(m.operation, Fit)} == {2}
+    assert {m.level for m in found if isinstance(m.operation, Fit)} == {0}
     assert not [m for m in found if isinstance(m.operation, Stop)]
 
 
@@ -52,6 +53,14 @@ def test_a_process_that_follows_the_decisions_carries_the_schedule_out(schedule:
     levels = [0, *[m.level for m in schedule]]
     distances = [abs(a - b) for a, b in itertools.pairwise(levels)]
     assert episode.state.switches == sum(distances)
+
+
+def test_stages_are_asked_for_where_it_takes_the_fewest_switches() -> None:
+    found = placed(
+        (move("align", 1), move("fit", 0), move("train_mid", 2), move("train_all", 0)), 3
+    )
+    assert [m.level for m in found] == [1, 1, 2, 2]
+    assert path_of(found, 3)[1].levels == (2,)
 
 
 def test_json_gives_a_schedule_back() -> None:
