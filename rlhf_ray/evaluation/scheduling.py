@@ -7,6 +7,7 @@ more. It is judged as the sweep is, on the tasks' val splits.
 Dimension letters: N stages done.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -94,7 +95,8 @@ def describe(spec: ProcessSpec, schedule: Schedule) -> str:
         where = "" if len(changed) == spec.n_levels else f" {spec.levels[changed[0]]}"
         return move.operation.name + where
 
-    return ", ".join(map(word, schedule)) or "none"
+    runs = [(words, len(list(same))) for words, same in itertools.groupby(map(word, schedule))]
+    return ", ".join(words if n == 1 else f"{words} x {n}" for words, n in runs) or "none"
 
 
 def _with(spec: ProcessSpec, before: Schedule, other: Move) -> Schedule:

@@ -18,6 +18,7 @@ from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep.results import (
     BASELINES_FILE,
     BEST_POLICY,
+    SCHEDULE_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
     trial_folder,
@@ -108,6 +109,7 @@ class Gatherer:
             "comparison": comparison(methods, metric=metric, higher_is_better=higher)
             if methods else None,
             "val_marks": accounts.val_marks(baselines),
+            "schedule": self._read(SCHEDULE_FILE).get("words"),
             "learned": None if explanation is None else vars(explanation),
             "effects": accounts.effects(done),
             "stages": accounts.account(done, self._seen.values(), summary),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SWEEP_FILE = "sweep.json"
 SUMMARY_FILE = "summary.json"
 BASELINES_FILE = "baselines.json"
+SCHEDULE_FILE = "schedule.json"
 BEST_POLICY = "best_policy"
 
 TABLE_COLUMNS = (

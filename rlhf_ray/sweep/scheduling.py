@@ -6,10 +6,9 @@ from rlhf_ray.evaluation.scheduling import describe, tuned_schedule
 from rlhf_ray.policies.schedules import PROGRESS, as_json, from_json
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.storage import Storage
+from rlhf_ray.sweep.results import SCHEDULE_FILE
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.tree.tally import TalliedStages, Tally
-
-SCHEDULE_FILE = "schedule.json"
 
 
 def scheduled(context: TrialContext, progress: Progress = NO_PROGRESS) -> TrialContext:
@@ -39,8 +38,13 @@ def scheduled(context: TrialContext, progress: Progress = NO_PROGRESS) -> TrialC
             utility=context.utility,
             seed=config.seed,
         )
-        progress.message(f"schedule: {describe(spec, found)}")
-        record = {"moves": as_json(spec, found), "stages": Tally.total(tallies).as_json()}
+        words = describe(spec, found)
+        progress.message(f"schedule: {words}")
+        record = {
+            "moves": as_json(spec, found),
+            "words": words,
+            "stages": Tally.total(tallies).as_json(),
+        }
         context.storage.write_json(name, record)
     return replace(context, schedule=from_json(spec, record["moves"]))
 

@@ -26,8 +26,14 @@ from rlhf_ray.report.page import PAGE_FILE
 from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep.driver_lock import driver_lock
 from rlhf_ray.sweep.plan import PlannedTrial, plan_trials
-from rlhf_ray.sweep.results import BASELINES_FILE, SUMMARY_FILE, SWEEP_FILE, SearchResult
-from rlhf_ray.sweep.scheduling import SCHEDULE_FILE, scheduled
+from rlhf_ray.sweep.results import (
+    BASELINES_FILE,
+    SCHEDULE_FILE,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    SearchResult,
+)
+from rlhf_ray.sweep.scheduling import scheduled
 from rlhf_ray.sweep.summing_up import sum_up
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials

@@ -37,7 +37,7 @@ def tuned(gains: dict[tuple[str, int], float], **changes: object) -> tuple[str, 
 
 def test_the_best_training_follows_what_is_worth_doing_before_it() -> None:
     gains = {("train_mid", 2): 0.05, ("train_low", 1): 0.02, ("align", 0): 0.2, ("align", 1): 0.01}
-    assert tuned(gains)[0] == "align conv, train_mid late, train_mid late, train_mid late"
+    assert tuned(gains)[0] == "align conv, train_mid late x 3"
 
 
 def test_a_schedule_is_as_long_as_pays() -> None:

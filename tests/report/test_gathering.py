@@ -64,6 +64,13 @@ def test_gather_of_a_sweep_without_any_trial_done(storage):
     assert "No trial has been judged yet." in fragment(data)
 
 
+def test_the_page_says_which_schedule_policies_start_from(storage):
+    write_made_up_sweep(storage, n_trials=2, n_done=0, state="running")
+    assert "start from" not in fragment(Gatherer(storage, "made-up").gather())
+    storage.write_json("made-up/schedule.json", {"words": "refit, train_up dense x 4"})
+    assert "<b>refit, train_up dense x 4</b>" in fragment(Gatherer(storage, "made-up").gather())
+
+
 def test_a_trial_that_has_ended_is_read_once(storage, monkeypatch):
     write_made_up_sweep(storage, n_trials=3, n_done=2, state="running")
     gatherer = Gatherer(storage, "made-up")
