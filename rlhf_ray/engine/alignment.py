@@ -1,6 +1,7 @@
 """Weighted modules whose outputs are given the moments that they have on the source (`Align`)."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -139,6 +140,8 @@ def aligning(
             goal, wanted = (value.to(output.device) for value in source[name])
             feature = _dimension(module, output)
             mean, spread = _moments(output, feature, mixed=wanted.dim() == 2)
+            if not torch.isfinite(spread).all():
+                return output  # nothing to go by
             weight, bias = module.weight, module.bias
             assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
             shape = weight.shape
@@ -192,7 +195,8 @@ def unexplained(outputs: Tensor, targets: Tensor) -> float:
         targets: class indices (N, ...), those outside 0 ... C - 1 are passed over; or real values.
 
     Returns:
-        Share of the targets' variance, about [0, 1]; above 1 for worse than their mean.
+        Share of the targets' variance, about [0, 1]; above 1 for worse than their mean; NaN for
+        outputs that are not finite, or of a single example.
 
     Raises:
         InputError: their shapes do not go together.
@@ -206,6 +210,8 @@ def unexplained(outputs: Tensor, targets: Tensor) -> float:
         )
     x, y = (value.double() - value.double().mean(0) for value in found)
     x = x / (x.square().mean().sqrt() + EPSILON)
+    if not (torch.isfinite(x).all() and len(x) > 1):
+        return math.nan
     n, n_features = x.shape
     ridge = RIDGE * n * torch.eye(n_features, dtype=x.dtype, device=x.device)
     inverse_t = torch.linalg.solve(x.T @ x + ridge, x.T).T

@@ -126,6 +126,18 @@ def test_unexplained_knows_dense_targets_and_real_ones_and_passes_over_the_ignor
     assert not readable(torch.randn(4, 3), torch.zeros(7, dtype=torch.long))
 
 
+def test_what_is_not_finite_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    modules = weighted_modules(model, split_levels(model, {"a": ["0"], "b": ["2"]}), (0,))
+    source = _moments(model, modules, torch.randn(16, 4))
+    before = model[0].weight.detach().clone()
+    inputs = torch.full((16, 4), torch.inf)
+    aligned = align_where_it_helps(
+        [modules], source, lambda: model(inputs), torch.arange(16) % 2, margin=0.02
+    )
+    assert aligned == (False,) and torch.equal(model[0].weight, before)
+
+
 def test_an_alignment_is_taken_back_where_it_does_not_help() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
