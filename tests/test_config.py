@@ -130,4 +130,4 @@ def test_epsilon_of_an_algorithm_without_one_is_not_swept() -> None:
 def test_only_operations_leaves_those_and_stop() -> None:
     config = SearchConfig(only_operations=("train_mid",))
     assert [operation.name for operation in config.operations()] == ["train_mid", "stop"]
-    assert len(SearchConfig().operations()) == 9
+    assert len(SearchConfig().operations()) == 8
