@@ -29,7 +29,37 @@ RETRIED = 4
 """Trainings that are tried again once it is settled what comes before them."""
 
 
-def tuned_schedule(
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A schedule that was met on all tasks, and the means over them after 0, 1, ..., N stages.
+
+    Attributes:
+        moves: N of them.
+        scores: N + 1; the best score so far, as a policy returns it.
+        costs: N + 1, full stages (or seconds).
+        switches: N + 1.
+    """
+
+    moves: Schedule
+    scores: tuple[float, ...]
+    costs: tuple[float, ...]
+    switches: tuple[float, ...]
+
+    def best(self, utility: Utility) -> tuple[float, int]:
+        """The most utility that a length of it has, and the shortest such length."""
+        values = list(map(utility.of, self.scores, self.costs, self.switches))
+        return max(values), values.index(max(values))
+
+
+def chosen(candidates: Sequence[Candidate], utility: Utility) -> Schedule:
+    """The best of some schedules at the length that pays best; empty where none pays."""
+    if not candidates:
+        return ()
+    found = max(candidates, key=lambda candidate: candidate.best(utility)[0])
+    return found.moves[: found.best(utility)[1]]
+
+
+def tuned_schedules(
     spec: ProcessSpec,
     stages: Callable[[str], Stages],
     *,
@@ -38,8 +68,8 @@ def tuned_schedule(
     seed: int,
     threads: int = THREADS,
     tell: Callable[[str], None] = lambda line: None,
-) -> Schedule:
-    """The best schedule that is found for some tasks, on their first replica seed.
+) -> tuple[Candidate, ...]:
+    """Looks for the best schedule for some tasks, on their first replica seed.
 
     Args:
         spec: the process, whose operations a schedule is made of.
@@ -51,7 +81,7 @@ def tuned_schedule(
         tell: called with short lines.
 
     Returns:
-        Up to a horizon of moves; empty where nothing is better than to leave the model as it is.
+        Those that met all tasks, the best among them (`chosen`).
     """
     rng = np.random.default_rng(derive_seed(seed, "schedule"))
     order: list[int] = rng.permutation(len(tasks)).tolist()
@@ -82,9 +112,10 @@ def tuned_schedule(
         tell(f"schedule: {describe(spec, best)}")
     if before:
         again = [tuner.filled(before, schedule[-1]) for schedule in ranked[1 : 1 + RETRIED]]
-        challenger = tuner.ranked(again)[0] if again else best
-        best = challenger if tuner.better(challenger, best) else best
-    return tuner.shortened(best)
+        if again:
+            tuner.better(tuner.ranked(again)[0], best)
+    tuner.meet([best], len(tasks))
+    return tuner.candidates()
 
 
 def describe(spec: ProcessSpec, schedule: Schedule) -> str:
@@ -129,7 +160,7 @@ class _Tuner:
         alive, out = list(schedules), []
         for n_tasks, n_stay in ROUNDS:
             n = min(n_tasks, len(self.tasks))
-            self._meet(alive, n)
+            self.meet(alive, n)
             alive.sort(key=lambda schedule: -self._means(schedule, n).max())
             alive, out = alive[:n_stay], alive[n_stay:] + out
         return alive + out
@@ -137,36 +168,51 @@ class _Tuner:
     def better(self, challenger: Schedule, best: Schedule) -> bool:
         """Whether a schedule has more utility on all tasks, each at the length that pays best."""
         n = len(self.tasks)
-        self._meet([challenger, best], n)
+        self.meet([challenger, best], n)
         return self._means(challenger, n).max() > self._means(best, n).max()
 
-    def shortened(self, schedule: Schedule) -> Schedule:
-        """As long as pays on all train tasks; empty where no length does."""
-        self._meet([schedule], len(self.tasks))
-        return schedule[: int(self._means(schedule, len(self.tasks)).argmax())]
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The schedules that met all tasks."""
+        n = len(self.tasks)
+        found = []
+        for schedule, rows in self.met.items():
+            if len(rows) == n:
+                scores, costs, switches = np.mean(rows, axis=0).T.tolist()
+                found.append(
+                    Candidate(
+                        moves=schedule,
+                        scores=tuple(scores),
+                        costs=tuple(costs),
+                        switches=tuple(switches),
+                    )
+                )
+        return tuple(found)
 
     def _means(self, schedule: Schedule, n_tasks: int) -> NDArray[np.float64]:
         """Mean utility on the first tasks at lengths 0, 1, ..., N."""
-        return np.mean(self.met[schedule][:n_tasks], axis=0)
+        rows = np.mean(self.met[schedule][:n_tasks], axis=0).tolist()
+        return np.array([self.utility.of(*row) for row in rows])
 
-    def _meet(self, schedules: Sequence[Schedule], n_tasks: int) -> None:
+    def meet(self, schedules: Sequence[Schedule], n_tasks: int) -> None:
         """Walks those along the first tasks that have not met them."""
         waiting = [
             (schedule, task)
             for schedule in dict.fromkeys(schedules)
             for task in self.tasks[len(self.met.setdefault(schedule, [])) : n_tasks]
         ]
-        found = concurrently(self._utilities, waiting, threads=self.threads)
-        for (schedule, _), values_N in zip(waiting, found, strict=True):
-            self.met[schedule].append(values_N)
+        found = concurrently(self._account, waiting, threads=self.threads)
+        for (schedule, _), account in zip(waiting, found, strict=True):
+            self.met[schedule].append(account)
 
-    def _utilities(self, pair: tuple[Schedule, str]) -> NDArray[np.float64]:
-        """Utility on a task's val split at lengths 0, 1, ..., N; the last one where a walk ends."""
+    def _account(self, pair: tuple[Schedule, str]) -> NDArray[np.float64]:
+        """Score on a task's val split, cost, switches (N + 1, 3) at lengths 0, 1, ..., N.
+
+        The last that there is where a walk ends before.
+        """
         schedule, task = pair
         path = path_of(schedule, self.spec.n_levels)
         stages = self.stages(f"{describe(self.spec, schedule)}/{task}")
         acting = [move.level for move in schedule]
         found = walk(self.spec, stages, task, REPLICA, path, acting=acting)
         states = [found[min(n, len(found) - 1)].state for n in range(len(schedule) + 1)]
-        score = self.spec.score
-        return np.array([self.utility.of(score(s.best), s.cost, s.switches) for s in states])
+        return np.array([(self.spec.score(s.best), s.cost, s.switches) for s in states])

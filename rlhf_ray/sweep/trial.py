@@ -18,6 +18,7 @@ from rlhf_ray.config import SWEPT, SearchConfig
 from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
 from rlhf_ray.evaluation.judging import Run, Utility, judge, summary_of
+from rlhf_ray.evaluation.scheduling import Candidate
 from rlhf_ray.operations import operation_as_json
 from rlhf_ray.policies.attribution import Decision, drivers, recorded
 from rlhf_ray.policies.observations import Observer
@@ -55,7 +56,8 @@ class TrialContext:
         metric: name of their metric.
         stages: client of the workers.
         source_moments: of the suite's source data, saved with each policy.
-        schedule: that policies start from; None: there is none.
+        schedule: the best by `utility`; None: there is none.
+        candidates: those that a trial's policies start from the best of, by its own weights.
     """
 
     sweep: str
@@ -70,6 +72,7 @@ class TrialContext:
     stages: RayStages
     source_moments: SourceMoments | None
     schedule: Schedule | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def utility(self) -> Utility:

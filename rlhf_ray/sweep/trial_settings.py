@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.settings import AlgorithmSettings
+from rlhf_ray.evaluation.judging import Utility
+from rlhf_ray.evaluation.scheduling import chosen
 from rlhf_ray.operations import Skip, Stop
 from rlhf_ray.policies.schedules import PROGRESS, decisions
 
@@ -38,7 +40,10 @@ def algorithm_settings(context: "TrialContext", values: Mapping[str, float]) -> 
     config, spec = context.config, context.spec
     schedule, progress = None, 0
     if context.schedule is not None:
-        schedule = decisions(spec, context.schedule)
+        own = Utility(
+            tuning_cost=values["tuning_cost_weight"], switch_cost=values["switch_cost_weight"]
+        )
+        schedule = decisions(spec, chosen(context.candidates, own))
         progress = context.observer.names(spec).index(PROGRESS)
     in_flight = min(config.stages_in_flight, config.episodes)
     return AlgorithmSettings(

@@ -1,7 +1,7 @@
 from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.judging import Utility
-from rlhf_ray.evaluation.scheduling import describe, tuned_schedule
+from rlhf_ray.evaluation.scheduling import chosen, describe, tuned_schedules
 from rlhf_ray.operations import Align, Fit, default_operations
 from rlhf_ray.outcomes import StagePath
 
@@ -29,10 +29,10 @@ def metric(gains: dict[tuple[str, int], float]):  # type: ignore[no-untyped-def]
 
 def tuned(gains: dict[tuple[str, int], float], **changes: object) -> tuple[str, SyntheticStages]:
     stages = SyntheticStages(metric=metric(gains))
-    found = tuned_schedule(
+    found = tuned_schedules(
         SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1, **changes,  # type: ignore[arg-type]
     )  # fmt: skip
-    return describe(SPEC, found), stages
+    return describe(SPEC, chosen(found, UTILITY)), stages
 
 
 def test_the_best_training_follows_what_is_worth_doing_before_it() -> None:
@@ -53,3 +53,20 @@ def test_no_walk_is_repeated() -> None:
     ]
     whole = [key for key in asked if len(key[1]) == SPEC.settings.horizon]
     assert len(whole) == len(set(whole))
+
+
+def test_dearer_switches_and_stages_choose_other_schedules_without_a_stage_more() -> None:
+    stages = SyntheticStages(metric=metric({("refit", 0): 0.1, ("train_mid", 2): 0.04}))
+    found = tuned_schedules(
+        SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1,
+    )  # fmt: skip
+    asked = len(stages.stages_asked())
+
+    def words(**weights: float) -> str:
+        return describe(SPEC, chosen(found, Utility(**weights)))
+
+    assert words(tuning_cost=0.02, switch_cost=0.002) == "refit, train_mid late x 3"
+    assert words(tuning_cost=0.02, switch_cost=0.2) == "refit"
+    assert words(tuning_cost=5.0, switch_cost=0.0) == "none"
+    assert len(stages.stages_asked()) == asked
+    assert chosen((), UTILITY) == ()
