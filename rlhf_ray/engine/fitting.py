@@ -111,7 +111,6 @@ def fit_output(
         The loss at the point that is kept, without the pull, float32 (1,).
     """
     parameters = list(layer.parameters())
-    anchors = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=evaluations,
@@ -120,23 +119,12 @@ def fit_output(
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
-    best, kept, kept_loss, done = math.inf, anchors, None, 0
+    anchors = [parameter.detach().clone() for parameter in parameters]
 
-    def closure() -> Tensor:
-        nonlocal best, kept, kept_loss, done
-        if done == evaluations:
-            raise _SpentError
-        plain, value, gradients = output_loss(
-            layer, features, targets, loss, proximal=proximal, anchors=anchors
-        )
-        done += 1
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        if kept_loss is None or float(value) < best:
-            best, kept_loss = float(value), plain
-            kept = [parameter.detach().clone() for parameter in parameters]
-        return value
+    def evaluate() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return output_loss(layer, features, targets, loss, proximal=proximal, anchors=anchors)
 
+    closure = _Closure(parameters, evaluate, left=evaluations)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -144,13 +132,45 @@ def fit_output(
             while True:  # it may end early, where it cannot get any lower
                 optimizer.step(closure)  # pyright: ignore[reportArgumentType] declared to give a float
     finally:
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, closure.kept, strict=True):
             parameter.requires_grad_(False)
             parameter.grad = None
             parameter.copy_(value)
-    assert kept_loss is not None
-    return kept_loss.float().view(1)
+    return closure.loss.float().view(1)
 
 
 class _SpentError(Exception):
     """All evaluations are spent."""
+
+
+class _Closure:
+    """What L-BFGS calls: sets gradients, counts, and keeps the best point.
+
+    Attributes:
+        kept: parameters at the best point so far; at the first where none is finite.
+        loss: there, without the pull.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        evaluate: Callable[[], tuple[Tensor, Tensor, tuple[Tensor, ...]]],
+        *,
+        left: int,
+    ) -> None:
+        self._parameters, self._evaluate, self._left = parameters, evaluate, left
+        self._best = math.inf
+        self.kept = [parameter.detach().clone() for parameter in parameters]
+        self.loss = torch.tensor(math.nan)
+
+    def __call__(self) -> Tensor:
+        if not self._left:
+            raise _SpentError
+        self._left -= 1
+        plain, value, gradients = self._evaluate()
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if float(value) < self._best:  # False for NaN
+            self._best, self.loss = float(value), plain
+            self.kept = [parameter.detach().clone() for parameter in self._parameters]
+        return value
