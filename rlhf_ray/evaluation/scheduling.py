@@ -25,6 +25,9 @@ from rlhf_ray.process import ProcessSpec
 ROUNDS = ((2, 8), (6, 3), (12, 1))
 """(tasks met so far, candidates that stay) of a race."""
 
+MARGIN = 0.01
+"""Of utility: below it schedules for different cost weights are not told apart."""
+
 RETRIED = 4
 """Trainings that are tried again once it is settled what comes before them."""
 
@@ -45,9 +48,13 @@ class Candidate:
     costs: tuple[float, ...]
     switches: tuple[float, ...]
 
+    def values(self, utility: Utility) -> list[float]:
+        """Its utility at all N + 1 lengths."""
+        return list(map(utility.of, self.scores, self.costs, self.switches))
+
     def best(self, utility: Utility) -> tuple[float, int]:
         """The most utility that a length of it has, and the shortest such length."""
-        values = list(map(utility.of, self.scores, self.costs, self.switches))
+        values = self.values(utility)
         return max(values), values.index(max(values))
 
 
@@ -57,6 +64,21 @@ def chosen(candidates: Sequence[Candidate], utility: Utility) -> Schedule:
         return ()
     found = max(candidates, key=lambda candidate: candidate.best(utility)[0])
     return found.moves[: found.best(utility)[1]]
+
+
+def by_weights(base: Schedule, candidates: Sequence[Candidate], weights: Utility) -> Schedule:
+    """A schedule for other cost weights: the same, unless another is better by more than `MARGIN`.
+
+    Args:
+        base: one of the candidates, at some length.
+        candidates: met on all tasks.
+        weights: what costs weigh now.
+    """
+    n = len(base)
+    values = [c.values(weights)[n] for c in candidates if c.moves[:n] == base]
+    other = chosen(candidates, weights)
+    gain = max((c.best(weights)[0] for c in candidates), default=0.0) - max(values, default=0.0)
+    return other if gain > MARGIN else base
 
 
 def tuned_schedules(

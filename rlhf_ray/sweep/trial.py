@@ -57,7 +57,7 @@ class TrialContext:
         stages: client of the workers.
         source_moments: of the suite's source data, saved with each policy.
         schedule: the best by `utility`; None: there is none.
-        candidates: those that a trial's policies start from the best of, by its own weights.
+        candidates: others, for trials whose cost weights ask for another one.
     """
 
     sweep: str

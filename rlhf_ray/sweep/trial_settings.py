@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 from rlhf_ray.evaluation.judging import Utility
-from rlhf_ray.evaluation.scheduling import chosen
+from rlhf_ray.evaluation.scheduling import by_weights
 from rlhf_ray.operations import Skip, Stop
 from rlhf_ray.policies.schedules import PROGRESS, decisions
 
@@ -43,7 +43,7 @@ def algorithm_settings(context: "TrialContext", values: Mapping[str, float]) -> 
         own = Utility(
             tuning_cost=values["tuning_cost_weight"], switch_cost=values["switch_cost_weight"]
         )
-        schedule = decisions(spec, chosen(context.candidates, own))
+        schedule = decisions(spec, by_weights(context.schedule, context.candidates, own))
         progress = context.observer.names(spec).index(PROGRESS)
     in_flight = min(config.stages_in_flight, config.episodes)
     return AlgorithmSettings(

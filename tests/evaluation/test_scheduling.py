@@ -1,7 +1,7 @@
 from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.judging import Utility
-from rlhf_ray.evaluation.scheduling import chosen, describe, tuned_schedules
+from rlhf_ray.evaluation.scheduling import by_weights, chosen, describe, tuned_schedules
 from rlhf_ray.operations import Align, Fit, default_operations
 from rlhf_ray.outcomes import StagePath
 
@@ -63,10 +63,14 @@ def test_dearer_switches_and_stages_choose_other_schedules_without_a_stage_more(
     asked = len(stages.stages_asked())
 
     def words(**weights: float) -> str:
-        return describe(SPEC, chosen(found, Utility(**weights)))
+        return describe(SPEC, by_weights(chosen(found, UTILITY), found, Utility(**weights)))
 
     assert words(tuning_cost=0.02, switch_cost=0.002) == "refit, train_mid late x 3"
     assert words(tuning_cost=0.02, switch_cost=0.2) == "refit"
     assert words(tuning_cost=5.0, switch_cost=0.0) == "none"
+    # the last stage does not pay any more, but by less than a margin
+    shorter = Utility(tuning_cost=0.075, switch_cost=0.002)
+    assert len(chosen(found, shorter)) < 4
+    assert by_weights(chosen(found, UTILITY), found, shorter) == chosen(found, UTILITY)
     assert len(stages.stages_asked()) == asked
     assert chosen((), UTILITY) == ()
