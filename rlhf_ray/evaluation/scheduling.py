@@ -132,11 +132,8 @@ def tuned_schedules(
         before = _with(spec, before, found)
         others.remove(found)
         tell(f"schedule: {describe(spec, best)}")
-    if before:
-        again = [tuner.filled(before, schedule[-1]) for schedule in ranked[1 : 1 + RETRIED]]
-        if again:
-            tuner.better(tuner.ranked(again)[0], best)
-    tuner.meet([best], len(tasks))
+    again = [tuner.filled(before, schedule[-1]) for schedule in ranked[1 : 1 + RETRIED]]
+    tuner.meet([best, *tuner.ranked(again if before else [])[:1]], len(tasks))
     return tuner.candidates()
 
 
