@@ -6,7 +6,7 @@ that a stage which leaves levels as they were (`Align`) is evaluated from above 
 """
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rlhf_ray.engine.costs import FlopModel, stage_flops
@@ -65,13 +65,17 @@ class StagePrices:
         ).total
 
 
-def flop_table(flops: FlopModel, level_sets: Collection[tuple[int, ...]]) -> FlopTable:
-    """Counts all that a stage may run that trains one of some sets of levels (ascending)."""
+def flop_table(
+    flops: FlopModel,
+    level_sets: Iterable[tuple[int, ...]],
+    aligned: Iterable[tuple[int, ...]],
+) -> FlopTable:
+    """Counts all that a stage may run that trains, or aligns, one of some sets of levels."""
     ends = [*(b for b, can in enumerate(flops.usable) if can), len(flops.usable)]
     return FlopTable(
         usable=flops.usable,
         forwards={pair: flops.forward(*pair) for pair in itertools.combinations(ends, 2)},
         train_steps={levels: flops.train_step(levels) for levels in level_sets},
         output=flops.output_step(),
-        aligns={levels: flops.align(levels) for levels in level_sets},
+        aligns={levels: flops.align(levels) for levels in aligned},
     )

@@ -205,8 +205,16 @@ class Engine:
         n = self.n_levels
         level_sets = {tuple(range(*ends)) for ends in itertools.combinations(range(n + 1), 2)}
         level_sets |= {o.levels(level, n) for o in operations for level in range(n)} - {()}
+        aligned = {
+            levels
+            for o in operations
+            if "source" in o.needs  # counting decomposes covariances: only where it is asked for
+            for level in range(n)
+            if o.applies(level, n)
+            for levels, _ in o.passes(o.levels(level, n), 1)
+        }
         models = {task.name: self._flop_model(task) for task in self._suite.tasks()}
-        tables = {model: flop_table(model, level_sets) for model in set(models.values())}
+        tables = {model: flop_table(model, level_sets, aligned) for model in set(models.values())}
         return StagePrices(
             tables={task: tables[model] for task, model in models.items()},
             sizes={task.name: self._sizes(task) for task in self._suite.tasks()},
