@@ -277,7 +277,7 @@ class Fit(Operation):
     towards the weights that the layer has (a proximal step; Parikh and Boyd 2014): it costs next to
     nothing and, for a convex loss, has one answer: no learning rate. Where the features are good
     and the labels new, it learns them; where the features are poor, it stays near to what the layer
-    knew. Open to all levels: that below may fit it before it trains on.
+    knew. Open to all levels, whichever acts: one below may have it fitted and then train on.
 
     Attributes:
         proximal: half of it times the squared distance from the weights before is added to the
