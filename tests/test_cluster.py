@@ -127,6 +127,13 @@ def growth_and_loss(folder: Path) -> None:
         assert handle.stages.state_dict(request(0))
         assert len(set(ran(folder))) == 6
 
+        # the younger workers are lost, while all are idle: it is not the living that go
+        third = cluster.add_node(num_cpus=1, num_gpus=1)
+        wait_until(lambda: at_work().count(third.node_id) == 2, about=progress.lines)
+        cluster.remove_node(third, allow_graceful=False)
+        wait_until(lambda: len(at_work()) == 2, about=progress.lines)
+        assert set(at_work()) == {second.node_id}
+
 
 def sweep_config(folder: Path, **changes: Any) -> Any:
     from rlhf_ray.config import SearchConfig

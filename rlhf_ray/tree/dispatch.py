@@ -206,8 +206,9 @@ class Dispatcher:
             result = await call
         except RayActorError as error:
             worker.lost += 1
-            worker.state = "restarting"
-            self._in_background(self._welcome(worker))
+            if worker.state != "gone":
+                worker.state = "restarting"
+                self._in_background(self._welcome(worker))
             result = FailedStageError(
                 f"a stage's worker must not die, got {describe(job.request)} losing "
                 f"{job.attempts + 1}: {first_line(error)}"

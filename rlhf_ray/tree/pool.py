@@ -160,7 +160,12 @@ class StagesHandle:
                 found: Ledger = ray.get(self._tree.record.remote(), timeout=STATS_TIMEOUT_S)
                 if found.answered >= self._ledger.answered:  # less: it was started anew
                     self._ledger = found
-                self._adjust(known, self._how_many(node_resources()))
+                nodes = living_nodes()
+                living = {node["NodeID"] for node in nodes}
+                for worker in known.values():  # those of a lost node are told of it only when used
+                    if worker["state"] in ("idle", "busy") and worker["node"] not in living:
+                        worker["state"] = "restarting"
+                self._adjust(known, self._how_many([node["Resources"] for node in nodes]))
             except ActorDiedError:
                 return  # for good: askers are told so
             except RayError:
