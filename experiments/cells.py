@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import rlhf_ray as rr
 from rlhf_ray.config import with_defaults
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.evaluation.judging import Run, compare
-from rlhf_ray.evaluation.rollouts import Stages
+from rlhf_ray.evaluation.rollouts import Episode, Stages, walk
+from rlhf_ray.policies.schedules import path_of
 from rlhf_ray.policies.searching import guided
 from rlhf_ray.progress import NO_PROGRESS
 from rlhf_ray.ray_session import running_ray, stage_workers
@@ -38,6 +39,10 @@ SWEPT = {
     "switch_cost_weight": (0.01,),
 }
 """One trial per seed."""
+
+
+N_TASKS: dict[str, Any] = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 12}
+"""Of a fold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +118,27 @@ class Cell:
         runs = compare(
             {method: player},
             context.spec,
+            stages,
+            tasks=[task.name for task in self.suite.test_tasks],
+            replicas=[replica],
+            utility=context.utility,
+        )
+        return runs[method]
+
+    def test_schedule(self, learned: Learned, replica: int, method: str) -> list[Run]:
+        """The schedule that a policy starts from, followed on the test tasks without it."""
+        context, stages = learned.context, self.stages()
+        spec = replace(context.spec, probed=False)
+        schedule = context.schedule or ()
+        path = path_of(schedule, spec.n_levels)
+        acting = [move.level for move in schedule]
+
+        def player(task: str, r: int) -> Episode:
+            return walk(spec, stages, task, r, path, acting=acting)[-1]
+
+        runs = compare(
+            {method: player},
+            spec,
             stages,
             tasks=[task.name for task in self.suite.test_tasks],
             replicas=[replica],

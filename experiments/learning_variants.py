@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import Cell, as_json, cell, kept, made_by, markdown, same_settings
+from cells import N_TASKS, Cell, as_json, cell, kept, made_by, markdown, same_settings
 from scipy import stats
 
 import rlhf_ray as rr
@@ -25,28 +25,30 @@ from rlhf_ray.evaluation.statistics import paired_difference
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import FEATURE_GROUPS
 
-N_TASKS = {"n_val_tasks": 6, "n_test_tasks": 7}
-DEFAULT, DEFAULT_TASKS = "default", 24
+DEFAULT, ALONE = "default", "its schedule alone, no policy"
 N_TRAIN_TASKS = (6, 12, 48, 96)
 SWITCH_WEIGHTS, TUNING_WEIGHTS = (0.0, 0.005, 0.02, 0.08), (0.0, 0.03, 0.1, 0.3)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
+    ALONE: {},
+    "without a schedule": {"schedule": False},
+    "without `refit`": {
+        "only_operations": tuple(o.name for o in rr.default_operations() if o.name != "refit")
+    },
     **{
         f"without the features of {group}": {
             "observation": tuple(name for name in FEATURE_GROUPS if name != group)
         }
         for group in FEATURE_GROUPS
-        if group != "level"  # who acts is known to a level's own policy
+        if group not in ("level", "progress")  # what a policy with a schedule must see
     },
-    "the task's figures alone": {"observation": ("level", "figures")},
+    "the task's figures and progress alone": {"observation": ("level", "progress", "figures")},
     "one policy for all levels": {"controller": "single"},
     "nothing implied by stages": {"counterfactuals": False},
-    "random actions not repeated": {"persistence": 0.0},
-    "greedy a quarter of the time": {"warm_up": 0.75, "decay_fraction": 0.75},
     "what other trials played, too": {"share_experience": True, "concurrent_trials": 1},
 }
-PARTS = ("variants", "weights")
+PARTS = ("variants", "tasks", "weights")
 """What can be run by itself."""
 
 WEIGHTS: dict[str, dict[str, Any]] = {
@@ -71,7 +73,9 @@ def tested(here: Cell, folder: Path, name: str, changes: Mapping[str, Any], seed
     """A variant's policy of one seed on the test tasks."""
 
     def make() -> list[dict[str, Any]]:
-        return as_json(here.test(here.learn(seed, **changes), seed, name))
+        learned = here.learn(seed, **changes)
+        test = here.test_schedule if name == ALONE else here.test
+        return as_json(test(learned, seed, name))
 
     words = "".join(c if c.isalnum() or c == "." else "-" for c in name)
     return [Run.from_json(run) for run in kept(folder / words / f"seed{seed}.json", make)]
@@ -150,11 +154,11 @@ def main() -> None:
     storage = f"{args.storage_path}/{args.suite}"
     folder = Path(storage, "records", f"variants-fold{args.fold}")
 
-    def suite(n_train_tasks: int) -> rr.Suite:
+    def suite(n_train_tasks: int = N_TASKS["n_train_tasks"]) -> rr.Suite:
+        n_tasks = {**N_TASKS, "n_train_tasks": n_train_tasks}
         return rr.load_suite(
-            args.suite, fold=args.fold, data_root=args.data_root, storage_path=storage,
-            n_train_tasks=n_train_tasks, **N_TASKS,
-        )  # fmt: skip
+            args.suite, fold=args.fold, data_root=args.data_root, storage_path=storage, **n_tasks
+        )
 
     def all_seeds(here: Cell, name: str, changes: Mapping[str, Any]) -> list[Run]:
         runs = [
@@ -165,17 +169,18 @@ def main() -> None:
 
     variants: dict[str, list[Run]] = {}
     parts: list[str] = []
-    with cell(suite(DEFAULT_TASKS), storage) as here:
+    with cell(suite(), storage) as here:
         same_settings(here, folder)
-        if "variants" in args.parts:
-            variants |= {name: all_seeds(here, name, what) for name, what in VARIANTS.items()}
+        if {"variants", "tasks"} & {*args.parts}:
+            wanted = VARIANTS if "variants" in args.parts else {DEFAULT: {}}
+            variants |= {name: all_seeds(here, name, what) for name, what in wanted.items()}
         if "weights" in args.parts:
             weights = {name: all_seeds(here, name, what) for name, what in WEIGHTS.items()}
             parts += [weights_table(weights), "With Student's 95% interval over seeds."]
         probes = price_of_probes(here)
-    for n in N_TRAIN_TASKS if variants else ():
+    for n in N_TRAIN_TASKS if "tasks" in args.parts else ():
         with cell(suite(n), storage) as here:
-            variants[f"{n} train tasks instead of {DEFAULT_TASKS}"] = all_seeds(
+            variants[f"{n} train tasks instead of {N_TASKS['n_train_tasks']}"] = all_seeds(
                 here, f"{n} train tasks", {}
             )
     if variants:

@@ -6,9 +6,10 @@ Four sweeps on one suite, one after the other on the same machine: every trial c
 stages (`--no-share`); all share an empty tree; the same again on the tree that this left; and a
 sweep with other values of gamma, epsilon and both weights on that tree. Trials that share nothing
 do not depend on one another: of the first sweep `--off-trials` are run, and its stages and seconds
-are theirs, times 16 / so many. Training and judging of the trials count, not the comparison with
-baselines that `search` makes afterwards. Worker seconds are what the workers measured around each
-stage. Writes sweep_sharing.md, and fails if sharing changed a trial's figures.
+are theirs, times 16 / so many, and those of the schedule that all trials start from, which is tuned
+once either way. The schedule, training and judging count, not the comparison with baselines that
+`search` makes afterwards. Worker seconds are what the workers measured around each stage. Writes
+sweep_sharing.md, and fails if sharing changed a trial's figures.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rlhf_ray.progress import NO_PROGRESS
 from rlhf_ray.ray_session import running_ray, stage_workers
 from rlhf_ray.storage import open_storage
 from rlhf_ray.sweep.results import trial_folder
+from rlhf_ray.sweep.scheduling import schedule_tally, scheduled
 from rlhf_ray.sweep.search import prepare, trial_context
 from rlhf_ray.sweep.tuning import run_trials
 from rlhf_ray.tree.tally import Tally
@@ -51,16 +53,27 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A sweep's account."""
+    """A sweep's account.
 
-    tally: Tally
-    wall_s: float
+    Attributes:
+        schedule: of tuning the schedule, once for all trials.
+        trials: of the trials that were run.
+        schedule_s: seconds of wall time for the schedule.
+        trials_s: and for the trials.
+        n_trials: how many were run.
+        judged: trial -> its figures.
+    """
+
+    schedule: Tally
+    trials: Tally
+    schedule_s: float
+    trials_s: float
     n_trials: int
     judged: dict[str, dict[str, float]]
 
 
 def run(suite: rr.Suite, config: rr.SearchConfig, n_trials: int | None = None) -> Measured:
-    """The trials of a sweep, or some; their account is of training and judging."""
+    """The trials of a sweep, or some; their account is of schedule, training and judging."""
     ground = prepare(suite, config)
     trials = ground.trials[:: len(ground.trials) // (n_trials or len(ground.trials))]
     storage = open_storage(config.storage_path, check=True)
@@ -69,32 +82,44 @@ def run(suite: rr.Suite, config: rr.SearchConfig, n_trials: int | None = None) -
             storage, ground, Engine(suite, config.engine_settings()), handle.stages
         )
         began = time.monotonic()
+        context = scheduled(context)
+        tuned = time.monotonic()
         run_trials(context, trials, handle, max_minutes=None, progress=NO_PROGRESS)
-        wall_s = time.monotonic() - began
+        ended = time.monotonic()
     names = [trial.name for trial in trials]
     records = [storage.read_json(f"{trial_folder(ground.name, name)}/trial.json") for name in names]
     return Measured(
-        tally=Tally.total(Tally.from_json(record["stages"]) for record in records),
-        wall_s=wall_s,
+        schedule=schedule_tally(storage, ground.name),
+        trials=Tally.total(Tally.from_json(record["stages"]) for record in records),
+        schedule_s=tuned - began,
+        trials_s=ended - tuned,
         n_trials=len(trials),
         judged={name: record["judged"] for name, record in zip(names, records, strict=True)},
     )
 
 
+def scaled(found: Measured, once: float, per_trial: float) -> float:
+    """A figure of a sweep of all trials, from that of its schedule and of the trials run."""
+    return once + N_TRIALS / found.n_trials * per_trial
+
+
 def row(name: str, found: Measured, off: Measured) -> tuple[str, ...]:
     """A row of the table; of a sweep run in part scaled to the whole, but for distinct stages."""
-    tally, scale = found.tally, N_TRIALS / found.n_trials
-    spent_s, off_s = scale * tally.spent_s, N_TRIALS / off.n_trials * off.tally.spent_s
-    ratio = f"{off_s / spent_s:.1f}x less" if spent_s else "nothing carried out"
+    whole = found.n_trials == N_TRIALS
+    logical = scaled(found, found.schedule.logical, found.trials.logical)
+    executed = scaled(found, found.schedule.executed, found.trials.executed)
+    spent_s = scaled(found, found.schedule.spent_s, found.trials.spent_s)
+    off_s = scaled(off, off.schedule.spent_s, off.trials.spent_s)
+    distinct = Tally.total([found.schedule, found.trials]).distinct
     return (
-        name if scale == 1 else f"{name} ({found.n_trials} trials, scaled)",
-        f"{scale * tally.logical:,.0f}",
-        f"{tally.distinct:,}" if scale == 1 else "-",  # trials have stages in common
-        f"{scale * tally.executed:,.0f}",
-        f"{tally.executed / tally.logical:.1%}",
+        name if whole else f"{name} ({found.n_trials} trials, scaled)",
+        f"{logical:,.0f}",
+        f"{distinct:,}" if whole else "-",  # trials have stages in common
+        f"{executed:,.0f}",
+        f"{executed / logical:.1%}",
         f"{spent_s:.1f}",
-        f"{scale * found.wall_s:.0f}",
-        "-" if found is off else ratio,
+        f"{scaled(found, found.schedule_s, found.trials_s):.0f}",
+        "-" if found is off else f"{off_s / spent_s:.1f}x less" if spent_s else "nothing run",
     )
 
 

@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, as_json, cell, kept, made_by, same_settings
-from unseen_table import report
+from cells import N_TASKS, Cell, as_json, cell, kept, made_by, same_settings
+from unseen_table import SCHEDULE, report
 
 import rlhf_ray as rr
 from rlhf_ray.evaluation.judging import Run, compare
@@ -34,7 +34,6 @@ BASELINES = (
     "lp_ft", "gradual_last_first", "gradual_first_last", "auto_rgn", "l2_sp", "asha", "tpe",
     *(f"level:{name}" for name in ("conv1", "conv2", "dense", "head")),
 )  # fmt: skip
-N_TASKS = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 12}
 SEARCH_STAGES, GUIDED_STAGES = 10, 5
 """Of `asha` and `tpe` on a test task; of the policy's own search beyond its up to five stages."""
 
@@ -50,6 +49,7 @@ def learn_and_test(here: Cell, folder: Path, seed: int) -> dict[str, Any]:
             "runs": {
                 "policy": as_json(here.test(learned, seed, "policy")),
                 "policy_search": as_json(here.test(learned, seed, "policy_search", GUIDED_STAGES)),
+                SCHEDULE: as_json(here.test_schedule(learned, seed, SCHEDULE)),
             },
             "values": learned.policy.metadata["values"],
             "distinct": learned.distinct,

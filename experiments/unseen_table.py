@@ -18,6 +18,9 @@ HINDSIGHT = "best_single_level"
 SEARCHING = ("policy_search", "asha", "tpe")
 """They search on the test task itself."""
 
+SCHEDULE = "schedule"
+"""What the policy starts from, followed without it (and without probes): a part of it, unranked."""
+
 TWICE = "level:head"
 """The same as `head`: it is ranked once."""
 
@@ -97,7 +100,7 @@ def by_hindsight(runs: Runs) -> list[Run]:
 def suite_section(suite: str, folds: Sequence[Mapping[str, Any]]) -> str:
     """Heading, table, and the targets of one suite."""
     runs = all_runs(folds)
-    unranked = {*SEARCHING, TWICE}
+    unranked = {*SEARCHING, SCHEDULE, TWICE}
     without_search = {name: mine for name, mine in runs.items() if name not in unranked}
     ranks = {name: f["rank_mean"] for name, f in summarise(without_search).items()}
     shown = {**runs, HINDSIGHT: by_hindsight(runs)}
@@ -125,7 +128,8 @@ def suite_section(suite: str, folds: Sequence[Mapping[str, Any]]) -> str:
             markdown(rows),
             "Differences in points of utility with their 95% interval over tasks; the worst task "
             "is the policy's against the method. Ranks are among those that search nothing on the "
-            "new task and know nothing by hindsight.",
+            "new task and know nothing by hindsight. `schedule` is what the policy starts from, "
+            "followed without it.",
             "\n".join(targets(folds, shown, figures, ranks)),
         ]
     )

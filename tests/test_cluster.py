@@ -72,27 +72,31 @@ def started_cluster(**head: Any) -> Any:
     return cluster
 
 
-def growth_and_loss(folder: Path) -> None:
-
-    from fake_engine import FakeEngine, ran, request
-
+def unshared_storage_refused(folder: Path) -> None:
+    """Where a process works is a folder of its own kind: the nodes' is another than this one's."""
     from rlhf_ray.errors import InputError
-    from rlhf_ray.placement import Needs, wanted_workers
     from rlhf_ray.shared_storage import check_shared
-    from rlhf_ray.tree.workers import start_workers
 
-    os.chdir(HERE)
-    cluster = started_cluster(num_cpus=1)
-    first = cluster.add_node(num_cpus=1, num_gpus=1)
-
-    # where a process works is a folder of its own kind: the nodes' is another than this one's now
-    os.chdir(folder)
     with pytest.raises(InputError, match=r"shared by all nodes, got .* on node .*does not see"):
         check_shared("/proc/self/cwd/runs")
     assert list(folder.iterdir()) in ([], [folder / "runs"])
     assert check_shared(folder / "shared") == 2
     assert list((folder / "shared").iterdir()) == []
 
+
+def growth_and_loss(folder: Path) -> None:
+
+    from fake_engine import FakeEngine, ran, request
+
+    from rlhf_ray.placement import Needs, wanted_workers
+    from rlhf_ray.tree.workers import start_workers
+
+    os.chdir(HERE)
+    cluster = started_cluster(num_cpus=1)
+    first = cluster.add_node(num_cpus=1, num_gpus=1)
+
+    os.chdir(folder)
+    unshared_storage_refused(folder)
     needs = Needs(worker_cpus=0.2, worker_gpus=0.5, trial_cpus=0.5, trials=1)
     progress = Lines()
     with start_workers(

@@ -139,6 +139,7 @@ def finetune(
         # rounded: sums of the same terms in another order are not quite equal
         search_cost = round(episode.state.cost - spec.cost(episode.state.start) - on_the_way, 9)
     else:
+        spec = policy.as_charged(spec)
         state, steps = roll_out(
             spec, observer, policy.act, stages, task.name, replica, on_step=on_step
         )

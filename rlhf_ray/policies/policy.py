@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.policies.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
 from rlhf_ray.policies.q_table import from_weights
+from rlhf_ray.process import ProcessSpec
 
 SCHEMA_VERSION = 1
 """Of the files; a reader refuses every other."""
@@ -114,6 +115,20 @@ class Policy:
         with torch.no_grad():
             values_A = view.decided(torch.from_numpy(np.float32(features)).unsqueeze(0))[0]
         return int(masked(values_A, torch.from_numpy(np.asarray(mask) != 0)).argmax())
+
+    @property
+    def looks(self) -> bool:
+        """Whether its decisions depend on the task: not if it never leaves its schedule."""
+        return self.network is None or self.network.schedule is None or self.network.departs
+
+    def faithful(self) -> "Policy":
+        """The same, but it never leaves its schedule."""
+        assert self.network is not None and self.network.schedule is not None
+        return replace(self, network=replace(self.network, departs=False))
+
+    def as_charged(self, spec: ProcessSpec) -> ProcessSpec:
+        """The process with what the policy pays for in it: no probes if it looks at nothing."""
+        return spec if self.looks else replace(spec, probed=False)
 
     def check(
         self,

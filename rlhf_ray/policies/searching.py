@@ -63,6 +63,7 @@ def guided(
         tuning_cost=learned["tuning_cost_weight"], switch_cost=learned["switch_cost_weight"]
     )
     weighed = replace(spec, settings=replace(spec.settings, weights=weights))
+    weighed = weighed if n_stages else policy.as_charged(weighed)
 
     def values(state: State, mask: NDArray[np.int8]) -> NDArray[np.float32]:
         return policy.values(state.level, observer.observe(weighed, state), mask)

@@ -110,6 +110,8 @@ class Gatherer:
             if methods else None,
             "val_marks": accounts.val_marks(baselines),
             "schedule": self._read(SCHEDULE_FILE).get("words"),
+            "departures": self._read(f"trials/{best}/trial.json").get("departures")
+            if best else None,
             "learned": None if explanation is None else vars(explanation),
             "effects": accounts.effects(done),
             "stages": accounts.account(done, self._seen.values(), summary),

@@ -65,7 +65,7 @@ def sum_up(
     )
     progress.phase("policy on the test tasks", total=len(test_tasks) * len(replicas))
     runs = judge(
-        context.spec,
+        policy.as_charged(context.spec),
         context.observer,
         policy.act,
         stages,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray import tune
@@ -17,6 +17,7 @@ from rlhf_ray.algorithms import (
 from rlhf_ray.config import SWEPT, SearchConfig
 from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
+from rlhf_ray.evaluation.departures import Departures, departures
 from rlhf_ray.evaluation.judging import Run, Utility, judge, summary_of
 from rlhf_ray.evaluation.scheduling import Candidate
 from rlhf_ray.operations import operation_as_json
@@ -35,7 +36,7 @@ from rlhf_ray.sweep.experience import (
     write_episodes,
 )
 from rlhf_ray.sweep.results import trial_folder, write_policy
-from rlhf_ray.sweep.trial_settings import algorithm_settings, process_record
+from rlhf_ray.sweep.trial_settings import algorithm_settings, own_utility, process_record
 from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.tally import TalliedStages, Tally
 
@@ -187,10 +188,10 @@ class HandoverTrial(tune.Trainable):
 
     def _finish(self) -> Mapping[str, float]:
         context = self._context
-        policy = self._policy()
+        policy, left = self._faithful_unless_paid(self._policy())
         decisions: list[Decision] = []
         runs = judge(
-            self._spec,
+            policy.as_charged(self._spec),
             context.observer,
             recorded(policy.act, decisions),
             self._stages,
@@ -203,9 +204,27 @@ class HandoverTrial(tune.Trainable):
         write_policy(context.storage, f"{folder}/policy", policy)
         if self._experience is not None:
             write_episodes(context.storage, context.sweep, self._name, self._played)
-        record = self._record(judged, runs) | {"drivers": drivers(policy, decisions)}
+        record = self._record(judged, runs) | {
+            "drivers": drivers(policy, decisions),
+            "departures": None if left is None else {**asdict(left), "paid": left.paid},
+        }
         context.storage.write_json(f"{folder}/trial.json", record)
         return judged
+
+    def _faithful_unless_paid(self, policy: Policy) -> tuple[Policy, Departures | None]:
+        """The policy as it may be used, and what leaving its schedule gave, if it has one."""
+        if policy.network is None or policy.network.schedule is None:
+            return policy, None
+        context = self._context
+        left = departures(
+            policy,
+            self._spec,
+            context.observer,
+            self._stages,
+            tasks=context.plan.tasks,
+            utility=own_utility(self._values),
+        )
+        return policy if left.paid else policy.faithful(), left
 
     def _record(self, judged: Mapping[str, float], runs: list[Run]) -> dict[str, Any]:
         return {

@@ -35,15 +35,20 @@ def process_record(context: "TrialContext") -> dict[str, Any]:
     }
 
 
+def own_utility(values: Mapping[str, float]) -> Utility:
+    """By the cost weights that a trial learns under."""
+    return Utility(
+        tuning_cost=values["tuning_cost_weight"], switch_cost=values["switch_cost_weight"]
+    )
+
+
 def algorithm_settings(context: "TrialContext", values: Mapping[str, float]) -> AlgorithmSettings:
     """What a trial's algorithm is told."""
     config, spec = context.config, context.spec
     schedule, progress = None, 0
     if context.schedule is not None:
-        own = Utility(
-            tuning_cost=values["tuning_cost_weight"], switch_cost=values["switch_cost_weight"]
-        )
-        schedule = decisions(spec, by_weights(context.schedule, context.candidates, own))
+        own = by_weights(context.schedule, context.candidates, own_utility(values))
+        schedule = decisions(spec, own)
         progress = context.observer.names(spec).index(PROGRESS)
     in_flight = min(config.stages_in_flight, config.episodes)
     return AlgorithmSettings(

@@ -106,8 +106,25 @@ def test_a_policy_that_knows_nothing_follows_its_schedule_and_is_saved_with_it(t
     )
     loaded = Policy.load(policy.save(tmp_path))
     assert loaded.network == settings
+    probed = spec_of(3, probed=True)
+    assert policy.as_charged(probed).probed
+    assert not Policy.load(policy.faithful().save(tmp_path / "faithful")).as_charged(probed).probed
     mask = np.ones(SPEC.n_actions, dtype=np.int8)
     for done in range(4):
         for level in range(3):
             features = np.float32([0.3, done / 4])
             assert loaded.act(level, features, mask) == settings.schedule[done][level]  # type: ignore[index]
+
+
+def test_a_policy_that_must_not_leaves_its_schedule_only_where_that_is_not_open() -> None:
+    settings = network(margin=0.1, assurance=0.0, least_tried=0, departs=False)
+    usual, better, good = decisions(SPEC, SCHEDULE)[0][0], 5, 6
+    values = torch.zeros(3, 1, SPEC.n_actions)
+    values[:, 0, better], values[:, 0, good] = 9.0, 8.0
+    tried = torch.zeros(4, 3, SPEC.n_actions)
+    found = decided(values, torch.zeros(1, 2), torch.tensor([0]), settings, tried)[0]
+    assert int(found.argmax()) == usual
+    found[usual] = -torch.inf
+    assert int(found.argmax()) == better
+    found[better] = -torch.inf
+    assert int(found.argmax()) == good
