@@ -35,10 +35,10 @@ from rlhf_ray.tree.tally import TalliedStages, Tally
 SWEPT = {
     "gamma": (0.99,),
     "epsilon": (0.1,),
-    "tuning_cost_weight": (0.05,),
-    "switch_cost_weight": (0.01,),
+    "tuning_cost_weight": (0.02,),
+    "switch_cost_weight": (0.002,),
 }
-"""One trial per seed."""
+"""One trial per seed, whose reward weighs costs as the utility does."""
 
 
 N_TASKS: dict[str, Any] = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 12}

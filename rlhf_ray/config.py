@@ -63,8 +63,8 @@ class SearchConfig:
         persistence: probability that a random action repeats the operation before it, at the level
             that it was handed to, in [0, 1): what pays when it is repeated is found sooner.
         schedule: "dqn" begins with one schedule for all tasks, tuned on the train tasks, and its
-            policies depart from it only where that is surely better; needs the features of
-            "progress".
+            policies depart from it only where that is surely better, and only if it paid on the
+            train tasks; needs the features of "progress".
         adherence: probability that a step of an exploring episode follows the schedule, in [0, 1).
         counterfactuals: "dqn" learns from what a stage implies, too: the same stage with other
             hand-overs or asked for by other levels, skips and stops. Exact, and without a stage.
@@ -121,8 +121,8 @@ class SearchConfig:
 
     gamma: tuple[float, ...] = (0.9, 0.99)
     epsilon: tuple[float, ...] = (0.05, 0.2)
-    tuning_cost_weight: tuple[float, ...] = (0.05, 0.1)
-    switch_cost_weight: tuple[float, ...] = (0.01, 0.02)
+    tuning_cost_weight: tuple[float, ...] = (0.02, 0.2)
+    switch_cost_weight: tuple[float, ...] = (0.002, 0.02)
     num_samples: int | None = None
     algorithm: str = "dqn"
     controller: Literal["levels", "single"] = "levels"

@@ -25,9 +25,6 @@ from rlhf_ray.process import ProcessSpec
 ROUNDS = ((2, 8), (6, 3), (12, 1))
 """(tasks met so far, candidates that stay) of a race."""
 
-MARGIN = 0.01
-"""Of utility: below it schedules for different cost weights are not told apart."""
-
 RETRIED = 4
 """Trainings that are tried again once it is settled what comes before them."""
 
@@ -67,7 +64,7 @@ def chosen(candidates: Sequence[Candidate], utility: Utility) -> Schedule:
 
 
 def by_weights(base: Schedule, candidates: Sequence[Candidate], weights: Utility) -> Schedule:
-    """A schedule for other cost weights: the same, unless another is better by more than `MARGIN`.
+    """The schedule for other cost weights: the same, unless another is better by them.
 
     Args:
         base: one of the candidates, at some length.
@@ -76,9 +73,8 @@ def by_weights(base: Schedule, candidates: Sequence[Candidate], weights: Utility
     """
     n = len(base)
     values = [c.values(weights)[n] for c in candidates if c.moves[:n] == base]
-    other = chosen(candidates, weights)
-    gain = max((c.best(weights)[0] for c in candidates), default=0.0) - max(values, default=0.0)
-    return other if gain > MARGIN else base
+    best = max((c.best(weights)[0] for c in candidates), default=0.0)
+    return chosen(candidates, weights) if best > max(values, default=0.0) else base
 
 
 def tuned_schedules(
