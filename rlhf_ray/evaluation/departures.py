@@ -14,7 +14,7 @@ from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.rollouts import THREADS, Stages, concurrently, roll_out
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
-from rlhf_ray.process import ProcessSpec
+from rlhf_ray.process import ProcessSpec, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,13 @@ class Departures:
         gain: against the schedule followed to its end, mean over tasks; probes are charged.
         standard_error: of that mean; 0 with one task.
         n_tasks: how many there were.
+        n_stages: what both ways asked for; most was carried out before.
     """
 
     gain: float
     standard_error: float
     n_tasks: int
+    n_stages: int
 
     @property
     def paid(self) -> bool:
@@ -59,17 +61,18 @@ def departures(
         threads: fine-tunings in flight at once.
     """
 
-    def played(one: Policy, task: str) -> float:
-        state, _ = roll_out(one.as_charged(spec), observer, one.act, stages, task, REPLICA)
-        return utility.of(spec.score(state.best), state.cost, state.switches)
+    def played(one: Policy, task: str) -> State:
+        return roll_out(one.as_charged(spec), observer, one.act, stages, task, REPLICA)[0]
 
     faithful = policy.faithful()
     asked = [(one, task) for task in tasks for one in (policy, faithful)]
-    found = concurrently(lambda pair: played(*pair), asked, threads=threads)
+    ends = concurrently(lambda pair: played(*pair), asked, threads=threads)
+    found = [utility.of(spec.score(end.best), end.cost, end.switches) for end in ends]
     gains = [left - kept for left, kept in zip(found[::2], found[1::2], strict=True)]
     spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
     return Departures(
         gain=statistics.mean(gains),
         standard_error=spread / math.sqrt(len(gains)),
         n_tasks=len(gains),
+        n_stages=sum(len(end.path) for end in ends),
     )

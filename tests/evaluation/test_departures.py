@@ -54,7 +54,7 @@ def test_the_gain_is_against_the_schedule_and_pays_for_the_probes() -> None:
     left = found(0.1, 0.1, 0.1, 0.1)
     assert left.gain == pytest.approx(0.1 - PROBES)
     assert left.standard_error == pytest.approx(0.0, abs=1e-12)
-    assert left.paid and left.n_tasks == 4
+    assert left.paid and left.n_tasks == 4 and left.n_stages == 8
     assert not found(0.03, 0.03, 0.03, 0.03).paid  # less than the probes cost
 
 

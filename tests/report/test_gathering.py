@@ -71,6 +71,19 @@ def test_the_page_says_which_schedule_policies_start_from(storage):
     assert "<b>refit, train_up dense x 4</b>" in fragment(Gatherer(storage, "made-up").gather())
 
 
+@pytest.mark.parametrize(
+    ("paid", "words"), [(True, "it may leave it."), (False, "it never leaves")]
+)
+def test_the_page_says_whether_the_best_policy_may_leave_its_schedule(storage, paid, words):
+    write_made_up_sweep(storage, n_trials=2, n_done=2)
+    storage.write_json("made-up/schedule.json", {"words": "refit"})
+    file = f"made-up/trials/{Gatherer(storage, 'made-up').gather()['best']}/trial.json"
+    left = {"gain": 0.0125, "standard_error": 0.002, "n_tasks": 24, "paid": paid}
+    storage.write_json(file, {**storage.read_json(file), "departures": left})
+    text = fragment(Gatherer(storage, "made-up").gather())
+    assert "+1.25 points of utility there (standard error 0.20, 24 tasks" in text and words in text
+
+
 def test_a_trial_that_has_ended_is_read_once(storage, monkeypatch):
     write_made_up_sweep(storage, n_trials=3, n_done=2, state="running")
     gatherer = Gatherer(storage, "made-up")

@@ -138,6 +138,18 @@ def test_schedule_is_tuned_once_counted_and_followed(finished: Finished) -> None
     assert len(network.schedule) == finished.config.horizon
 
 
+def test_each_trial_says_what_leaving_the_schedule_gave_and_holds_its_policy_to_it(
+    finished: Finished,
+) -> None:
+    n_tasks = len(small_suite().train_tasks)
+    for trial in finished.result.trials:
+        left = trial["departures"]
+        assert left["n_tasks"] == n_tasks
+        assert left["paid"] == (left["gain"] > max(left["standard_error"], 0.0))
+        network = finished.result.policy(trial["name"]).network
+        assert network is not None and network.departs == left["paid"]
+
+
 def test_policy_fine_tunes_a_task_it_never_saw(finished: Finished) -> None:
     suite = small_suite(task="new")
     tuned = finetune(suite.model, suite.levels, suite.test_tasks[0], finished.result.best_policy)
@@ -258,7 +270,8 @@ def test_second_trial_learns_from_the_firsts_episodes(tmp_path: Path) -> None:
         taken = [operations[action // 2] for _, _, *actions in episodes for action in actions]
         trained = sum(not isinstance(operation, Stop | Skip) for operation in taken)
         judged = sum(run["stages"] for run in trial["runs"])
-        assert trial["stages"]["logical"] == trained + judged  # what others asked for is not in it
+        own = trained + judged + trial["departures"]["n_stages"]
+        assert trial["stages"]["logical"] == own  # what others asked for is not in it
 
 
 @pytest.mark.usefixtures("ray_session")
