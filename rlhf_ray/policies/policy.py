@@ -127,8 +127,12 @@ class Policy:
         return replace(self, network=replace(self.network, departs=False))
 
     def as_charged(self, spec: ProcessSpec) -> ProcessSpec:
-        """The process with what the policy pays for in it: no probes if it looks at nothing."""
-        return spec if self.looks else replace(spec, probed=False)
+        """The process with what the policy pays for in it: no probes if it looks at nothing.
+
+        With a budget it does: the schedule's action may not fit any more.
+        """
+        looks = self.looks or spec.settings.budget is not None
+        return spec if looks else replace(spec, probed=False)
 
     def check(
         self,

@@ -108,7 +108,9 @@ def test_a_policy_that_knows_nothing_follows_its_schedule_and_is_saved_with_it(t
     assert loaded.network == settings
     probed = spec_of(3, probed=True)
     assert policy.as_charged(probed).probed
-    assert not Policy.load(policy.faithful().save(tmp_path / "faithful")).as_charged(probed).probed
+    faithful = Policy.load(policy.faithful().save(tmp_path / "faithful"))
+    assert not faithful.as_charged(probed).probed
+    assert faithful.as_charged(spec_of(3, probed=True, budget=4.0)).probed
     mask = np.ones(SPEC.n_actions, dtype=np.int8)
     for done in range(4):
         for level in range(3):
