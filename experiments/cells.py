@@ -17,8 +17,7 @@ import rlhf_ray as rr
 from rlhf_ray.config import with_defaults
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.evaluation.judging import Run, compare
-from rlhf_ray.evaluation.rollouts import Episode, Stages, walk
-from rlhf_ray.policies.schedules import path_of
+from rlhf_ray.evaluation.rollouts import Stages
 from rlhf_ray.policies.searching import guided
 from rlhf_ray.progress import NO_PROGRESS
 from rlhf_ray.ray_session import running_ray, stage_workers
@@ -39,7 +38,6 @@ SWEPT = {
     "switch_cost_weight": (0.002,),
 }
 """One trial per seed, whose reward weighs costs as the utility does."""
-
 
 N_TASKS: dict[str, Any] = {"n_train_tasks": 24, "n_val_tasks": 6, "n_test_tasks": 12}
 """Of a fold."""
@@ -126,25 +124,9 @@ class Cell:
         return runs[method]
 
     def test_schedule(self, learned: Learned, replica: int, method: str) -> list[Run]:
-        """The schedule that a policy starts from, followed on the test tasks without it."""
-        context, stages = learned.context, self.stages()
-        spec = replace(context.spec, probed=False)
-        schedule = context.schedule or ()
-        path = path_of(schedule, spec.n_levels)
-        acting = [move.level for move in schedule]
-
-        def player(task: str, r: int) -> Episode:
-            return walk(spec, stages, task, r, path, acting=acting)[-1]
-
-        runs = compare(
-            {method: player},
-            spec,
-            stages,
-            tasks=[task.name for task in self.suite.test_tasks],
-            replicas=[replica],
-            utility=context.utility,
-        )
-        return runs[method]
+        """The schedule that a policy starts from, followed on the test tasks without a look."""
+        faithful = replace(learned, policy=learned.policy.faithful())
+        return self.test(faithful, replica, method)
 
 
 @contextmanager

@@ -116,11 +116,6 @@ class Policy:
             values_A = view.decided(torch.from_numpy(np.float32(features)).unsqueeze(0))[0]
         return int(masked(values_A, torch.from_numpy(np.asarray(mask) != 0)).argmax())
 
-    @property
-    def looks(self) -> bool:
-        """Whether its decisions depend on the task: not if it never leaves its schedule."""
-        return self.network is None or self.network.schedule is None or self.network.departs
-
     def faithful(self) -> "Policy":
         """The same, but it never leaves its schedule."""
         assert self.network is not None and self.network.schedule is not None
@@ -129,9 +124,10 @@ class Policy:
     def as_charged(self, spec: ProcessSpec) -> ProcessSpec:
         """The process with what the policy pays for in it: no probes if it looks at nothing.
 
-        With a budget it does: the schedule's action may not fit any more.
+        It looks unless it never leaves its schedule; under a budget that may not fit any more.
         """
-        looks = self.looks or spec.settings.budget is not None
+        faithful = self.network is not None and not self.network.departs
+        looks = not faithful or spec.settings.budget is not None
         return spec if looks else replace(spec, probed=False)
 
     def check(
