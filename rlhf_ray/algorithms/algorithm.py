@@ -76,8 +76,8 @@ class HandoverAlgorithm(Algorithm):
         What they imply (`rlhf_ray.algorithms.counterfactuals`) is for algorithms that replay
         transitions; others leave it.
 
-        Nothing is counted, and no updates are made: on others' episodes, ahead of a trial's first,
-        they changed nothing on problems with a known optimum (experiments/LOG.md).
+        No updates are made: on others' episodes, ahead of a trial's first, they changed nothing on
+        problems with a known optimum (experiments/LOG.md).
 
         Raises:
             InputError: it learns from what its own policy played alone.

@@ -57,6 +57,7 @@ class HandoverDQN(HandoverAlgorithm):
     """The algorithm; see the module."""
 
     local_replay_buffer: Any  # a ReplayBuffer
+    _n_turns = 0  # in it that were played, by this trial or before it
 
     @classmethod
     def get_default_config(cls) -> HandoverDQNConfig:
@@ -86,7 +87,7 @@ class HandoverDQN(HandoverAlgorithm):
         return {**learned, "learning_rate": rate}
 
     def _relearn(self) -> dict[str, float]:
-        n_updates = self._trial_counts["updates"]
+        n_updates = max(1, round(self._settings.updates_per_step * self._n_turns))
         self._learner.start_over()
         self._note_tried()
         learned = self._learner.update_on(
@@ -110,6 +111,7 @@ class HandoverDQN(HandoverAlgorithm):
     ) -> None:
         """Stores their transitions and what they imply."""
         backup = "own" if self._settings.stock else "handover"
+        self._n_turns += sum(map(len, episodes))
         for played in episodes:
             self.local_replay_buffer.add(transitions(played, backup))
         for part in implied:

@@ -35,8 +35,8 @@ class AlgorithmSettings:
         weight_decay: of the networks, decoupled (Loshchilov and Hutter 2019), >= 0; "dqn" only.
         batch_size: transitions per update, >= 1.
         updates_per_step: updates per step of the environment, > 0.
-        relearn: after the last episode, learn the networks anew from all transitions, with as many
-            updates as were made before; "dqn" only.
+        relearn: after the last episode, learn the networks anew from all transitions, with
+            `updates_per_step` for every step remembered, whoever played it; "dqn" only.
         free_actions: those that carry out no stage; seen often, they are drawn less when learning
             anew.
         tau: part of the way that the target networks go to the online ones at each update, (0, 1].

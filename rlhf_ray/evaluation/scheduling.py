@@ -18,7 +18,8 @@ from rlhf_ray.digests import derive_seed
 from rlhf_ray.evaluation.choosing import REPLICA
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.rollouts import THREADS, Stages, concurrently, walk
-from rlhf_ray.operations import Skip, Train
+from rlhf_ray.operations import Operation, Skip, Train
+from rlhf_ray.outcomes import Outcome
 from rlhf_ray.policies.schedules import Move, Schedule, moves, path_of, placed
 from rlhf_ray.process import ProcessSpec
 
@@ -55,6 +56,34 @@ class Candidate:
         return max(values), values.index(max(values))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """A schedule and a task that met it, on the first replica seed.
+
+    Attributes:
+        moves: N of them.
+        task: its name.
+        outcomes: of the start and of each stage, N + 1; fewer where the walk ended before.
+    """
+
+    moves: Schedule
+    task: str
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What came of looking for a schedule.
+
+    Attributes:
+        candidates: those that met all tasks, the best among them (`chosen`).
+        walks: all that was met.
+    """
+
+    candidates: tuple[Candidate, ...]
+    walks: tuple[Walk, ...]
+
+
 def chosen(candidates: Sequence[Candidate], utility: Utility) -> Schedule:
     """The best of some schedules at the length that pays best; empty where none pays."""
     if not candidates:
@@ -86,7 +115,7 @@ def tuned_schedules(
     seed: int,
     threads: int = THREADS,
     tell: Callable[[str], None] = lambda line: None,
-) -> tuple[Candidate, ...]:
+) -> Tuned:
     """Looks for the best schedule for some tasks, on their first replica seed.
 
     Args:
@@ -97,9 +126,6 @@ def tuned_schedules(
         seed: of the order in which tasks are met.
         threads: walks in flight at once.
         tell: called with short lines.
-
-    Returns:
-        Those that met all tasks, the best among them (`chosen`).
     """
     rng = np.random.default_rng(derive_seed(seed, "schedule"))
     order: list[int] = rng.permutation(len(tasks)).tolist()
@@ -110,11 +136,7 @@ def tuned_schedules(
         utility=utility,
         threads=threads,
     )
-    every = moves(spec.operations, spec.n_levels)
-    trainings = [move for move in every if isinstance(move.operation, Train)] or every
-    others = [move for move in every if move not in trainings]
-    if len(spec.levels) > 1 and not any(isinstance(o, Skip) for o in spec.operations):
-        others = []  # no level could hand over to the one that a schedule wants
+    trainings, others = candidate_moves(spec.operations, spec.n_levels)
     ranked = tuner.ranked([tuner.filled((), move) for move in trainings])
     best, before = ranked[0], ()
     tell(f"schedule: {describe(spec, best)}")
@@ -130,7 +152,45 @@ def tuned_schedules(
         tell(f"schedule: {describe(spec, best)}")
     again = [tuner.filled(before, schedule[-1]) for schedule in ranked[1 : 1 + RETRIED]]
     tuner.meet([best, *tuner.ranked(again if before else [])[:1]], len(tasks))
-    return tuner.candidates()
+    return Tuned(candidates=tuner.candidates(), walks=tuple(tuner.walks))
+
+
+def candidate_moves(
+    operations: Sequence[Operation], n_levels: int
+) -> tuple[list[Move], list[Move]]:
+    """The moves that a schedule ends with, and those that may come before them."""
+    every = moves(operations, n_levels)
+    trainings = [move for move in every if isinstance(move.operation, Train)] or every
+    others = [move for move in every if move not in trainings]
+    if n_levels > 1 and not any(isinstance(o, Skip) for o in operations):
+        # no level could hand over to the one that a schedule wants
+        return [move for move in trainings if move.level == 0], []
+    return trainings, others
+
+
+def most_walks(n_trainings: int, n_others: int, *, n_tasks: int, horizon: int) -> int:
+    """Walks that `tuned_schedules` makes at most.
+
+    Args:
+        n_trainings: moves that train, >= 1.
+        n_others: moves that do not.
+        n_tasks: that it meets, >= 1.
+        horizon: of the process.
+    """
+
+    def race(n_alive: int) -> int:
+        n_walks, met = 0, 0
+        for n_met, n_stay in ROUNDS:
+            n = min(n_met, n_tasks)
+            n_walks += n_alive * (n - met)
+            n_alive, met = min(n_alive, n_stay), n
+        return n_walks
+
+    left = n_tasks - min(ROUNDS[-1][0], n_tasks)  # tasks that a race's winner has not met
+    rounds = range(n_others, max(0, n_others - (horizon - 1)), -1)
+    challengers = sum(race(n) + left for n in rounds)
+    again = race(min(RETRIED, n_trainings - 1)) + left if rounds and n_trainings > 1 else 0
+    return race(n_trainings) + left + challengers + again
 
 
 def describe(spec: ProcessSpec, schedule: Schedule) -> str:
@@ -164,6 +224,7 @@ class _Tuner:
     utility: Utility
     threads: int
     met: dict[Schedule, list[NDArray[np.float64]]] = field(default_factory=dict)
+    walks: list[Walk] = field(default_factory=list)
 
     def filled(self, before: Schedule, training: Move) -> Schedule:
         """What comes before, then the training to the horizon."""
@@ -215,14 +276,17 @@ class _Tuner:
             for schedule in dict.fromkeys(schedules)
             for task in self.tasks[len(self.met.setdefault(schedule, [])) : n_tasks]
         ]
-        found = concurrently(self._account, waiting, threads=self.threads)
-        for (schedule, _), account in zip(waiting, found, strict=True):
+        found = concurrently(self._walked, waiting, threads=self.threads)
+        for (schedule, task), (account, outcomes) in zip(waiting, found, strict=True):
             self.met[schedule].append(account)
+            self.walks.append(Walk(moves=schedule, task=task, outcomes=outcomes))
 
-    def _account(self, pair: tuple[Schedule, str]) -> NDArray[np.float64]:
-        """Score on a task's val split, cost, switches (N + 1, 3) at lengths 0, 1, ..., N.
+    def _walked(
+        self, pair: tuple[Schedule, str]
+    ) -> tuple[NDArray[np.float64], tuple[Outcome, ...]]:
+        """Score on a task's val split, cost, switches (N + 1, 3) at lengths 0, 1, ..., N; outcomes.
 
-        The last that there is where a walk ends before.
+        The last account that there is where a walk ends before.
         """
         schedule, task = pair
         path = path_of(schedule, self.spec.n_levels)
@@ -230,4 +294,5 @@ class _Tuner:
         acting = [move.level for move in schedule]
         found = walk(self.spec, stages, task, REPLICA, path, acting=acting)
         states = [found[min(n, len(found) - 1)].state for n in range(len(schedule) + 1)]
-        return np.array([(self.spec.score(s.best), s.cost, s.switches) for s in states])
+        account = np.array([(self.spec.score(s.best), s.cost, s.switches) for s in states])
+        return account, tuple(episode.state.outcome for episode in found)

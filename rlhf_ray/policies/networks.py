@@ -70,7 +70,7 @@ class NetworkSettings:
     progress: int = 0
     least_tried: int = 5
     assurance: float = 2.0
-    margin: float = 0.01
+    margin: float = 0.003
     departs: bool = True
 
     def __post_init__(self) -> None:

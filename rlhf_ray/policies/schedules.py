@@ -76,22 +76,23 @@ def path_of(schedule: Schedule, n_levels: int) -> StagePath:
 def decisions(spec: ProcessSpec, schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     """The action that follows a schedule, by stages done (H rows) and acting level (L).
 
-    The level of the next stage carries it out and hands over to the one after; others skip to it;
-    behind the end all stop.
+    The level of the next stage carries it out and keeps the turn; others skip to it, or stop where
+    there is no `skip`; behind the end all stop. So a switch is decided on, and paid for, when what
+    came before it is known.
     """
     names = [type(operation) for operation in spec.operations]
-    horizon, n_levels = spec.settings.horizon, spec.n_levels
+    n_levels = spec.n_levels
 
     def action(done: int, level: int) -> int:
-        if done >= len(schedule):
+        move = schedule[done] if done < len(schedule) else None
+        if move is None or (move.level != level and Skip not in names):
             return names.index(Stop) * n_levels + level
-        move = schedule[done]
         if move.level != level:
             return names.index(Skip) * n_levels + move.level
-        following = schedule[done + 1].level if done + 1 < min(len(schedule), horizon) else level
-        return spec.operations.index(move.operation) * n_levels + following
+        return spec.operations.index(move.operation) * n_levels + level
 
-    return tuple(tuple(action(i, level) for level in range(n_levels)) for i in range(horizon))
+    done_H = range(spec.settings.horizon)
+    return tuple(tuple(action(i, level) for level in range(n_levels)) for i in done_H)
 
 
 def as_json(spec: ProcessSpec, schedule: Schedule) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""What trials of a sweep learn from each other: episodes kept as actions, rewards weighed anew.
+"""What trials learn from without having played it, with rewards weighed anew. No Ray.
 
-A trial that is done leaves its episodes under its folder, a few numbers each: the plan says which
-task, replica and first level an episode has, and what its stages gave lies in the tree. Whoever
-learns from them walks the process along their actions with reward weights of its own. No Ray.
+From the walks that the sweep's schedule was chosen by: their outcomes are kept. And, where trials
+share their experience, from each other: a trial that is done leaves its episodes under its folder,
+a few numbers each; the plan says which task, replica and first level an episode has, and what its
+stages gave lies in the tree. Whoever learns from either walks the process along its actions with
+reward weights of its own.
 """
 
 import json
@@ -17,11 +19,17 @@ from rlhf_ray.algorithms.counterfactuals import counterfactuals
 from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action
 from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.settings import AlgorithmSettings
-from rlhf_ray.evaluation.rollouts import Stages, concurrently, play
+from rlhf_ray.evaluation.choosing import REPLICA
+from rlhf_ray.evaluation.rollouts import Decide, Stages, concurrently, play
+from rlhf_ray.evaluation.scheduling import Walk
+from rlhf_ray.operations import Stop
+from rlhf_ray.outcomes import Outcome, StageRequest
 from rlhf_ray.policies.observations import Observer
+from rlhf_ray.policies.schedules import decisions
 from rlhf_ray.process import ProcessSpec, State
 from rlhf_ray.storage import Storage
 from rlhf_ray.sweep.results import trial_folder
+from rlhf_ray.tree.tally import Answer
 
 if TYPE_CHECKING:
     from rlhf_ray.env import EpisodePlan
@@ -153,16 +161,56 @@ def learn_from_others(
         "trials" and "episodes" learned from, and "steps" in them.
     """
     chosen = [episode for played in episodes.values() for episode in played]
-    found = rebuilt(spec, observer, stages, plan, chosen)
-    implied = [part for one in found for part in one.implied] if counterfactual else []
-    algorithm.remember([one.turns for one in found], implied)
+    _remembered(algorithm, rebuilt(spec, observer, stages, plan, chosen), counterfactual)
     n_steps = sum(len(episode.actions) for episode in chosen)
     return {"trials": len(episodes), "episodes": len(chosen), "steps": n_steps}
 
 
+def learn_from_walks(
+    algorithm: Any,
+    walks: Sequence[Walk],
+    *,
+    spec: ProcessSpec,
+    observer: Observer,
+    counterfactual: bool = False,
+) -> None:
+    """Gives an algorithm the walks of schedules to learn from; no stage is asked for.
+
+    Args:
+        algorithm: a `HandoverAlgorithm` that has not begun.
+        walks: of any schedules.
+        spec: the process, with the trial's own reward weights.
+        observer: what policies see.
+        counterfactual: also give it what the walks imply.
+    """
+    tables = {moves: decisions(spec, moves) for moves in {walk.moves for walk in walks}}
+    stop = next(i for i, found in enumerate(spec.operations) if isinstance(found, Stop))
+
+    def one(walk: Walk) -> Rebuilt:
+        def decide(state: State, mask_A: NDArray[np.int8]) -> int:
+            action = tables[walk.moves][len(state.path)][state.level]
+            # a walk ends before its schedule where the budget has no room
+            known = len(state.path) + 1 < len(walk.outcomes)
+            return action if known and mask_A[action] else stop * spec.n_levels + state.level
+
+        return _rebuilt(spec, observer, _Known(walk.outcomes), decide, walk.task, REPLICA, level=0)
+
+    _remembered(algorithm, concurrently(one, walks), counterfactual)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Answers with the outcomes of one path."""
+
+    outcomes: Sequence[Outcome]
+
+    def outcome(self, request: StageRequest) -> Answer:
+        return Answer(outcome=self.outcomes[len(request.path)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rebuilt:
-    """An episode of another trial under one's own rewards: its turns, and what each implies."""
+    """An episode of others under one's own rewards: its turns, and what each implies."""
 
     turns: list[Turn]
     implied: list[Transitions]
@@ -184,27 +232,44 @@ def rebuilt(
         plan: of the sweep.
         episodes: of any trials.
     """
-    return concurrently(lambda one: _rebuild(spec, observer, stages, plan, one), episodes)
+
+    def one(episode: PlayedEpisode) -> Rebuilt:
+        actions = iter(episode.actions)
+        task, replica, level = plan.draw(episode.number)
+        return _rebuilt(
+            spec, observer, stages, lambda state, mask_A: next(actions), task, replica, level=level
+        )
+
+    return concurrently(one, episodes)
 
 
-def _rebuild(
+def _remembered(algorithm: Any, episodes: Sequence[Rebuilt], counterfactual: bool) -> None:
+    implied = [part for one in episodes for part in one.implied] if counterfactual else []
+    algorithm.remember([one.turns for one in episodes], implied)
+
+
+def _rebuilt(
     spec: ProcessSpec,
     observer: Observer,
     stages: Stages,
-    plan: "EpisodePlan",
-    episode: PlayedEpisode,
+    choose: Decide,
+    task: str,
+    replica: int,
+    *,
+    level: int,
 ) -> Rebuilt:
     observed: list[Mapping[str, NDArray[Any]]] = []
     states: list[State] = []
+    actions: list[int] = []
 
     def decide(state: State, mask_A: NDArray[np.int8]) -> int:
         states.append(state)
         observed.append({"features": observer.observe(spec, state), "action_mask": mask_A})
-        return episode.actions[len(observed) - 1]
+        actions.append(choose(state, mask_A))
+        return actions[-1]
 
-    task, replica, level = plan.draw(episode.number)
     end = play(spec, decide, stages, task, replica, level=level)
-    played = list(zip(end.steps, episode.actions, strict=True))
+    played = list(zip(end.steps, actions, strict=True))
     after = [*states[1:], end.state]
     return Rebuilt(
         turns=[

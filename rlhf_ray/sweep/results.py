@@ -26,6 +26,7 @@ SWEEP_FILE = "sweep.json"
 SUMMARY_FILE = "summary.json"
 BASELINES_FILE = "baselines.json"
 SCHEDULE_FILE = "schedule.json"
+WALKS_FILE = "walks.json"
 BEST_POLICY = "best_policy"
 
 TABLE_COLUMNS = (

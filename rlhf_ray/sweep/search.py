@@ -14,6 +14,7 @@ from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.baselines import baselines_for
 from rlhf_ray.evaluation.exhaustive import prefill
+from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
 from rlhf_ray.operations import Operation, operation_as_json
 from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.policies.finetuning import process_spec
@@ -31,9 +32,10 @@ from rlhf_ray.sweep.results import (
     SCHEDULE_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
+    WALKS_FILE,
     SearchResult,
 )
-from rlhf_ray.sweep.scheduling import scheduled
+from rlhf_ray.sweep.scheduling import has_schedule, scheduled
 from rlhf_ray.sweep.summing_up import sum_up
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
@@ -130,8 +132,8 @@ class SearchPlan:
         directory: the sweep's folder.
         state: "new", or of the sweep that is there: "running", "interrupted", "failed", "finished".
         trials: the swept settings of each.
-        n_stages_estimate: stages that training asks for at most, and how many distinct ones that
-            may be.
+        n_stages_estimate: stages that the schedule and training ask for at most, and how many
+            distinct ones that may be.
         seconds_estimate: of the distinct stages on this machine's cores; None: not measured.
     """
 
@@ -157,18 +159,33 @@ def plan(suite: Suite, config: SearchConfig | None = None, *, timed: bool = Fals
     ground = prepare(suite, config)
     storage = open_storage(config.storage_path)
     record = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
-    per_trial = config.episodes * config.horizon
-    # All trials share the random episodes, many of which stop early; beyond, they mostly go ways of
-    # their own (shares measured on `digits`: experiments/sweep_sharing.py).
-    common = (config.warm_up + config.decay_fraction) / 2
-    distinct = math.ceil(per_trial * (0.7 * common + 0.4 * (1 - common) * len(ground.trials)))
+    highest, distinct = _stages_estimate(ground)
     return SearchPlan(
         directory=f"{storage.shown.rstrip('/')}/{ground.name}",
         state=record["state"] if isinstance(record, dict) else "new",
         trials=[trial.values for trial in ground.trials],
-        n_stages_estimate=(per_trial * len(ground.trials), distinct),
+        n_stages_estimate=(highest, distinct),
         seconds_estimate=distinct * _seconds_per_stage(ground) if timed else None,
     )
+
+
+def _stages_estimate(ground: Ground) -> tuple[int, int]:
+    """Stages asked for at most, and about how many of them are distinct."""
+    config, n_trials = ground.config, len(ground.trials)
+    n_tasks, n_levels = len(ground.suite.train_tasks), len(ground.suite.levels)
+    played = config.episodes * config.horizon
+    # All trials share the random episodes, many of which stop early; beyond, they mostly go ways of
+    # their own (shares measured on `digits`: experiments/sweep_sharing.py).
+    common = (config.warm_up + config.decay_fraction) / 2
+    if not has_schedule(config, n_levels):
+        distinct = math.ceil(played * (0.7 * common + 0.4 * (1 - common) * n_trials))
+        return played * n_trials, distinct
+    trainings, others = candidate_moves(ground.operations, n_levels)
+    walks = most_walks(len(trainings), len(others), n_tasks=n_tasks, horizon=config.horizon)
+    raced = walks * config.horizon
+    checked = 2 * n_tasks * config.horizon  # whether departures pay; most of it was met before
+    distinct = math.ceil(0.93 * raced + 0.7 * played)  # what is played lies around the schedule
+    return raced + (played + checked) * n_trials, distinct
 
 
 def _seconds_per_stage(ground: Ground) -> float:
@@ -238,6 +255,7 @@ def _forget(storage: Storage, name: str) -> None:
     """Deletes all of a sweep but the lock, which this process holds."""
     for file in (
         SWEEP_FILE, SUMMARY_FILE, BASELINES_FILE, PROGRESS_FILE, PAGE_FILE, SCHEDULE_FILE,
+        WALKS_FILE,
     ):  # fmt: skip
         storage.delete(f"{name}/{file}")
     for folder in storage.folders(name):

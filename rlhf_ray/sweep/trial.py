@@ -19,7 +19,7 @@ from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
 from rlhf_ray.evaluation.departures import Departures, departures
 from rlhf_ray.evaluation.judging import Run, Utility, judge, summary_of
-from rlhf_ray.evaluation.scheduling import Candidate
+from rlhf_ray.evaluation.scheduling import Candidate, Walk
 from rlhf_ray.operations import operation_as_json
 from rlhf_ray.policies.attribution import Decision, drivers, recorded
 from rlhf_ray.policies.observations import Observer
@@ -32,6 +32,7 @@ from rlhf_ray.sweep.experience import (
     PlayedEpisode,
     episodes_of_others,
     learn_from_others,
+    learn_from_walks,
     played_episode,
     write_episodes,
 )
@@ -59,6 +60,7 @@ class TrialContext:
         source_moments: of the suite's source data, saved with each policy.
         schedule: the best by `utility`; None: there is none.
         candidates: others, for trials whose cost weights ask for another one.
+        walks: what schedules met while this one was looked for.
     """
 
     sweep: str
@@ -74,6 +76,7 @@ class TrialContext:
     source_moments: SourceMoments | None
     schedule: Schedule | None = None
     candidates: tuple[Candidate, ...] = ()
+    walks: tuple[Walk, ...] = ()
 
     @property
     def utility(self) -> Utility:
@@ -126,6 +129,14 @@ class HandoverTrial(tune.Trainable):
             settings=self._settings,
         )
         self._stages = stages
+        if context.walks:
+            learn_from_walks(
+                self._algorithm,
+                context.walks,
+                spec=self._spec,
+                observer=context.observer,
+                counterfactual=_counterfactual(context),
+            )
 
     def step(self) -> dict[str, Any]:
         """Plays and learns from some episodes; after the last, judges the policy and saves it."""

@@ -440,6 +440,16 @@ def test_episodes_of_others_are_replayed_and_make_no_updates_of_their_own(local_
     assert any(not torch.equal(one[name], alone[name]) for name in one)
 
 
+def test_learning_anew_makes_updates_for_what_others_played_too(local_ray):
+    other = make(seed=8)
+    episodes = [turns(e, PROBLEM.levels) for e in other.env_runner.sample(num_episodes=5)]
+    other.stop()
+    algorithm = make(n_episodes=4, relearn=True)
+    algorithm.remember(episodes)
+    assert algorithm.train()["updates"] == 3 * PROBLEM.horizon * (4 + (4 + 5))
+    algorithm.stop()
+
+
 def test_a_trial_plays_its_episodes_and_no_more(local_ray):
     algorithm = make(n_episodes=6)
     results = [algorithm.train() for _ in range(2)]

@@ -1,9 +1,18 @@
 from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.judging import Utility
-from rlhf_ray.evaluation.scheduling import Candidate, by_weights, chosen, describe, tuned_schedules
+from rlhf_ray.evaluation.scheduling import (
+    Candidate,
+    by_weights,
+    candidate_moves,
+    chosen,
+    describe,
+    most_walks,
+    tuned_schedules,
+)
 from rlhf_ray.operations import Align, Fit, default_operations
 from rlhf_ray.outcomes import StagePath
+from rlhf_ray.policies.schedules import decisions
 
 OPERATIONS = [*default_operations(), Align(name="align"), Fit(name="fit")]
 SPEC = spec_of(3, horizon=4, operations=OPERATIONS)
@@ -32,7 +41,7 @@ def tuned(gains: dict[tuple[str, int], float], **changes: object) -> tuple[str, 
     found = tuned_schedules(
         SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1, **changes,  # type: ignore[arg-type]
     )  # fmt: skip
-    return describe(SPEC, chosen(found, UTILITY)), stages
+    return describe(SPEC, chosen(found.candidates, UTILITY)), stages
 
 
 def test_the_best_training_follows_what_is_worth_doing_before_it() -> None:
@@ -43,6 +52,43 @@ def test_the_best_training_follows_what_is_worth_doing_before_it() -> None:
 def test_a_schedule_is_as_long_as_pays() -> None:
     assert tuned({("fit", 2): 0.2, ("train_high", 2): 0.001})[0].startswith("fit late")
     assert tuned({})[0] == "none"
+
+
+def test_most_walks_are_as_many_as_there_are_where_all_that_is_tried_helps() -> None:
+    trainings, others = candidate_moves(SPEC.operations, 3)
+    assert {m.operation.name for m in others} == {"refit", "align", "fit"}
+    n_most = most_walks(len(trainings), len(others), n_tasks=len(TASKS), horizon=4)
+    gains = {("align", 0): 0.2, ("align", 1): 0.1, ("fit", 2): 0.05, ("train_mid", 2): 0.04}
+    for known in ({}, gains, {("refit", 0): 0.2}):
+        stages = SyntheticStages(metric=metric(known))
+        found = tuned_schedules(
+            SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1,  # noqa: B023
+        )  # fmt: skip
+        assert len(found.walks) <= n_most
+    one = [o for o in OPERATIONS if o.name not in ("refit", "fit", "align")] + [OPERATIONS[-1]]
+    spec = spec_of(3, horizon=4, operations=one)
+    stages = SyntheticStages(metric=metric({("fit", 2): 0.2, ("train_mid", 1): 0.1}))
+    tasks = [f"train{i}" for i in range(10)] + [f"other{i}" for i in range(8)]
+    found = tuned_schedules(
+        spec, lambda name: stages, tasks=tasks, utility=UTILITY, seed=0, threads=1
+    )
+    trainings, others = candidate_moves(one, 3)
+    n_most = most_walks(len(trainings), len(others), n_tasks=len(tasks), horizon=4)
+    assert len(others) == 1 and len(found.walks) == n_most
+
+
+def test_without_skip_a_schedule_stays_at_the_first_level() -> None:
+    spec = spec_of(3, horizon=4, operations=[o for o in OPERATIONS if o.name != "skip"])
+    stages = SyntheticStages(metric=metric({("train_mid", 0): 0.1, ("train_mid", 2): 0.2}))
+    found = tuned_schedules(
+        spec, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1
+    )
+    schedule = chosen(found.candidates, UTILITY)
+    assert schedule and {move.level for move in schedule} == {0}
+    assert {spec.decode(row[0])[0].name for row in decisions(spec, schedule)} <= {
+        "train_mid",
+        "stop",
+    }
 
 
 def test_no_walk_is_repeated() -> None:
@@ -59,7 +105,7 @@ def test_dearer_switches_and_stages_choose_other_schedules_without_a_stage_more(
     stages = SyntheticStages(metric=metric({("refit", 0): 0.1, ("train_mid", 2): 0.04}))
     found = tuned_schedules(
         SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1,
-    )  # fmt: skip
+    ).candidates  # fmt: skip
     asked = len(stages.stages_asked())
 
     def words(**weights: float) -> str:

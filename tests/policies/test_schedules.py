@@ -53,6 +53,8 @@ def test_a_process_that_follows_the_decisions_carries_the_schedule_out(schedule:
     levels = [0, *[m.level for m in schedule]]
     distances = [abs(a - b) for a, b in itertools.pairwise(levels)]
     assert episode.state.switches == sum(distances)
+    # whoever decides on a hand-over knows what the stage before it gave
+    assert all(step.switch_cost == 0 for step in episode.steps if step.levels)
 
 
 def test_stages_are_asked_for_where_it_takes_the_fewest_switches() -> None:

@@ -14,6 +14,9 @@ from rlhf_ray.algorithms.exploration import exploring_action
 from rlhf_ray.algorithms.handover import Transitions, Turn, transitions
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
+from rlhf_ray.evaluation.judging import Utility
+from rlhf_ray.evaluation.scheduling import Walk, tuned_schedules
+from rlhf_ray.operations import Skip
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.process import ProcessSpec, RewardWeights
 from rlhf_ray.storage import Storage, open_storage
@@ -22,6 +25,7 @@ from rlhf_ray.sweep.experience import (
     episodes_of_others,
     is_random,
     learn_from_others,
+    learn_from_walks,
     played_episode,
     read_episodes,
     rebuilt,
@@ -168,3 +172,47 @@ def test_what_was_learned_from_is_counted_apart() -> None:
     assert counts == {"trials": 2, "episodes": 2, "steps": 2 * len(actions)}
     assert [len(episode) for episode in learner.given] == [len(actions)] * 2
     assert stages.tally == Tally() and tally.logical > 0
+
+
+def walked(spec: ProcessSpec) -> tuple[Walk, ...]:
+    """What the search for a schedule met on one task."""
+    stages = SyntheticStages()
+    utility = Utility(tuning_cost=0.02, switch_cost=0.002)
+    return tuned_schedules(
+        spec, lambda name: stages, tasks=["a"], utility=utility, seed=0, threads=1
+    ).walks
+
+
+def test_walks_are_episodes_under_the_trials_own_weights() -> None:
+    others, own, learner = weighed(0.3, 0.1), weighed(0.01, 0.002), Learner()
+    walks = walked(others)
+    learn_from_walks(learner, walks, spec=own, observer=Observer(), counterfactual=True)
+    number = next(n for n in range(20) if PLAN.draw(n) == ("a", 0, 0))
+    assert len(learner.given) == len(walks) > len(own.levels)
+    for walk, episode in zip(walks, learner.given, strict=True):
+        actions = tuple(turn.action for turn in episode)
+        operations = [own.decode(action)[0] for action in actions]
+        assert [o for o in operations if not isinstance(o, Skip)] == [
+            move.operation for move in walk.moves
+        ]
+        for turn, again in zip(episode, played(own, number, actions), strict=True):
+            assert (turn.level, turn.reward) == (again.level, pytest.approx(again.reward))
+            np.testing.assert_array_equal(
+                turn.observation["features"], again.observation["features"]
+            )
+    assert sum(map(len, learner.implied)) > sum(map(len, learner.given))
+
+
+def test_walks_that_were_cut_off_or_that_the_trials_budget_cuts_off_end_with_stop() -> None:
+    spec = weighed(0.1, 0.0)
+    whole = max(walked(spec), key=lambda walk: len(walk.outcomes))
+    cut = replace(whole, outcomes=whole.outcomes[:2])
+    poor = replace(spec, settings=replace(spec.settings, budget=1e-6))
+    for walk, process, n_stages in ((cut, spec, 1), (whole, poor, 0)):
+        learner = Learner()
+        learn_from_walks(learner, [walk], spec=process, observer=Observer())
+        (episode,) = learner.given
+        names = [process.decode(turn.action)[0].name for turn in episode]
+        assert (
+            names[-1] == "stop" and len([n for n in names if n not in ("skip", "stop")]) == n_stages
+        )

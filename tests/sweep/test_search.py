@@ -136,6 +136,10 @@ def test_schedule_is_tuned_once_counted_and_followed(finished: Finished) -> None
     network = finished.result.best_policy.network
     assert network is not None and network.schedule is not None
     assert len(network.schedule) == finished.config.horizon
+    walks = json.loads((folder / "walks.json").read_text())
+    met_by_all = {json.dumps(candidate["moves"]) for candidate in record["candidates"]}
+    assert met_by_all <= {json.dumps(walk["moves"]) for walk in walks}
+    assert sum(len(walk["outcomes"]) - 1 for walk in walks) == record["stages"]["logical"]
 
 
 def test_each_trial_says_what_leaving_the_schedule_gave_and_holds_its_policy_to_it(
