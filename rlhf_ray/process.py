@@ -9,6 +9,7 @@ Dimension letters: L levels, O operations, A = O * L actions.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -107,6 +108,20 @@ class ProcessSpec:
     def n_actions(self) -> int:
         """A = O * L."""
         return len(self.operations) * len(self.levels)
+
+    @cached_property
+    def effects(self) -> tuple[tuple[str, ...], ...]:
+        """What an operation (O rows) of a level (L columns) does to the model, as digests.
+
+        Equal for what is alike in all but its name and who asks for it.
+        """
+        return tuple(
+            tuple(
+                digest(operation.settings(), list(operation.levels(level, self.n_levels)))
+                for level in range(self.n_levels)
+            )
+            for operation in self.operations
+        )
 
     def decode(self, action: int) -> tuple[Operation, int]:
         """The operation and the next level of an action in [0, A)."""
@@ -252,7 +267,7 @@ def action_mask(spec: ProcessSpec, state: State) -> NDArray[np.int8]:
             levels = operation.levels(state.level, spec.n_levels)
             if not affordable(spec, state, StageStep(operation=operation, levels=levels)):
                 continue
-            effect = digest(operation.settings(), list(levels))
+            effect = spec.effects[row][state.level]
             if effect not in seen:
                 seen.add(effect)
                 mask[row, state.level if last else slice(None)] = 1

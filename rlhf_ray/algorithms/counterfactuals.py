@@ -13,9 +13,8 @@ is just what a level must learn to hand over well. (Hindsight relabelling, of ha
 goals: Andrychowicz et al. 2017.) No Ray here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +79,7 @@ def counterfactuals(
 def _implied(
     spec: ProcessSpec, observer: Observer, state: State, action: int, outcome: Outcome | None
 ) -> Iterator[_Implied]:
-    taken = _effect(spec, state.level, action)
+    taken = spec.effects[action // spec.n_levels][state.level]
     for level in range(spec.n_levels):
         here = replace(state, level=level)
         features = observer.observe(spec, here)
@@ -89,17 +88,9 @@ def _implied(
                 continue
             operation, _ = spec.decode(other)
             free = isinstance(operation, Stop | Skip)
-            if not free and _effect(spec, level, other) != taken:
+            if not free and spec.effects[other // spec.n_levels][level] != taken:
                 continue
             after, step = advance(spec, here, other, None if free else outcome)
             yield _Implied(
                 features=features, level=level, action=other, reward=step.reward, after=after
             )
-
-
-def _effect(
-    spec: ProcessSpec, level: int, action: int
-) -> tuple[Mapping[str, Any], tuple[int, ...]]:
-    """What an action of a level does to the model: its stage, whatever the operation is called."""
-    operation, _ = spec.decode(action)
-    return operation.settings(), operation.levels(level, spec.n_levels)
