@@ -4,14 +4,17 @@
 
 On one suite and fold, the storage and the protocol of `unseen_shifts.py`. Every variant changes one
 thing; its policies (one per seed) meet the test tasks, and their utility is compared with the
-default's, paired by task and seed, with Student's interval over tasks. The features' price is in
-the utility: who does not look at the probes does not pay for them. Goes on where it was cut off;
-writes learning_variants.md.
+default's, paired by task and seed, with Student's interval over tasks. Learned and compared by cost
+weights with which the best way differs from task to task (`DEAR`): with those of `unseen_shifts.py`
+policies keep to their schedule, whatever they see. The features' price is in the utility: who does
+not look at the probes does not pay for them. Goes on where it was cut off; writes
+learning_variants.md.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,16 @@ from cells import N_TASKS, Cell, as_json, cell, kept, made_by, markdown, same_se
 from scipy import stats
 
 import rlhf_ray as rr
-from rlhf_ray.evaluation.judging import Run, known, mean
+from rlhf_ray.evaluation.judging import Run, Utility, known, mean
 from rlhf_ray.evaluation.statistics import paired_difference
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import FEATURE_GROUPS
 
 DEFAULT, ALONE = "default", "its schedule alone, no policy"
-N_TRAIN_TASKS = (6, 12, 48, 96)
+DEAR = {"tuning_cost": 0.03, "switch_cost": 0.02}
+"""Weights of the rewards, and of the utility that variants are compared by."""
+
+N_TRAIN_TASKS = (6, 12, 48)
 SWITCH_WEIGHTS, TUNING_WEIGHTS = (0.0, 0.005, 0.02, 0.08), (0.0, 0.03, 0.1, 0.3)
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -46,7 +52,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the task's figures and progress alone": {"observation": ("level", "progress", "figures")},
     "one policy for all levels": {"controller": "single"},
     "nothing implied by stages": {"counterfactuals": False},
-    "what other trials played, too": {"share_experience": True, "concurrent_trials": 1},
 }
 PARTS = ("variants", "tasks", "weights")
 """What can be run by itself."""
@@ -55,14 +60,14 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     **{
         f"switch-cost weight {weight}": {
             "switch_cost_weight": (weight,),
-            "tuning_cost_weight": (0.03,),
+            "tuning_cost_weight": (DEAR["tuning_cost"],),
         }
         for weight in SWITCH_WEIGHTS
     },
     **{
         f"tuning-cost weight {weight}": {
             "tuning_cost_weight": (weight,),
-            "switch_cost_weight": (0.02,),
+            "switch_cost_weight": (DEAR["switch_cost"],),
         }
         for weight in TUNING_WEIGHTS
     },
@@ -81,8 +86,17 @@ def tested(here: Cell, folder: Path, name: str, changes: Mapping[str, Any], seed
     return [Run.from_json(run) for run in kept(folder / words / f"seed{seed}.json", make)]
 
 
+def by_dear(runs: Sequence[Run]) -> list[Run]:
+    """The same, with the utility of `DEAR`."""
+    utility = Utility(**DEAR)
+    return [
+        replace(run, utility=utility.of(known(run.test_metric), run.cost, run.switches))
+        for run in runs
+    ]
+
+
 def table(found: Mapping[str, list[Run]]) -> str:
-    """A row per variant, the default first."""
+    """A row per variant, the default first; utility by `DEAR`."""
     rows: list[Sequence[str]] = [
         ("variant", "accuracy", "cost", "switches", "utility", "against the default, points")
     ]
@@ -160,6 +174,8 @@ def main() -> None:
             args.suite, fold=args.fold, data_root=args.data_root, storage_path=storage, **n_tasks
         )
 
+    dear = {f"{name}_weight": (weight,) for name, weight in DEAR.items()}
+
     def all_seeds(here: Cell, name: str, changes: Mapping[str, Any]) -> list[Run]:
         runs = [
             run for seed in range(args.seeds) for run in tested(here, folder, name, changes, seed)
@@ -173,18 +189,22 @@ def main() -> None:
         same_settings(here, folder)
         if {"variants", "tasks"} & {*args.parts}:
             wanted = VARIANTS if "variants" in args.parts else {DEFAULT: {}}
-            variants |= {name: all_seeds(here, name, what) for name, what in wanted.items()}
+            variants |= {
+                name: by_dear(all_seeds(here, name, {**dear, **what}))
+                for name, what in wanted.items()
+            }
         if "weights" in args.parts:
             weights = {name: all_seeds(here, name, what) for name, what in WEIGHTS.items()}
             parts += [weights_table(weights), "With Student's 95% interval over seeds."]
         probes = price_of_probes(here)
     for n in N_TRAIN_TASKS if "tasks" in args.parts else ():
         with cell(suite(n), storage) as here:
-            variants[f"{n} train tasks instead of {N_TASKS['n_train_tasks']}"] = all_seeds(
-                here, f"{n} train tasks", {}
+            variants[f"{n} train tasks instead of {N_TASKS['n_train_tasks']}"] = by_dear(
+                all_seeds(here, f"{n} train tasks", dear)
             )
     if variants:
-        parts.insert(0, table(variants))
+        weighed = "Utility, and reward, with weights of {tuning_cost} and {switch_cost}."
+        parts[:0] = [table(variants), weighed.format(**DEAR)]
     parts.append(
         f"Means over {N_TASKS['n_test_tasks']} unseen tasks of {args.suite}, fold {args.fold}, "
         f"{args.seeds} seeds. {probes}"

@@ -4,6 +4,7 @@ Checks everything a user can get wrong about data here, before any work starts. 
 stands in `levels`; how a suite is trained on stands in `stages`.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,10 @@ class Task:
             first, as the model takes it; y: a tensor, batch first.
         val: (x, y) that decisions are made on.
         test: (x, y) that reports are made on; never enters a decision.
-        loss: (outputs, y) -> scalar mean; cross-entropy by default.
-        metric: a `Metric`, or a function (outputs, y) -> number of which more is better.
+        loss: (outputs, y) -> scalar mean; cross-entropy by default. A module is moved to the
+            device; another callable must take outputs of any.
+        metric: a `Metric`, or a function (outputs, y) -> number of which more is better; called
+            with CPU tensors.
         label: which task a tabular observation takes it for; its name by default. Tasks of one
             label are one state, so that what was learned on one is used on the other.
 
@@ -147,6 +150,13 @@ class Task:
         metric = [self.metric.name, self.metric.higher_is_better]
         code = [source_digest(self.loss), source_digest(self.metric.function)]
         return digest(tensor_digest(data), metric, code)
+
+
+def loss_on(device: torch.device, task: Task) -> Loss:
+    """A task's loss for outputs on a device: a module's tensors (class weights, say) are moved."""
+    if isinstance(task.loss, nn.Module):
+        return copy.deepcopy(task.loss).to(device)
+    return task.loss
 
 
 def _named_tensors(data: tuple[Inputs, Tensor]) -> dict[str, Tensor]:

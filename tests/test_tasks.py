@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_ray.errors import InputError
-from rlhf_ray.tasks import Metric, Suite, Task, accuracy, input_tensors, map_inputs, n_examples
+from rlhf_ray.tasks import (
+    Metric,
+    Suite,
+    Task,
+    accuracy,
+    input_tensors,
+    loss_on,
+    map_inputs,
+    n_examples,
+)
 
 X, Y = torch.zeros(8, 4), torch.arange(8) % 3
 
@@ -74,6 +83,15 @@ def test_plain_function_counts_as_a_metric_of_which_more_is_better() -> None:
     assert isinstance(metric, Metric) and (metric.name, metric.higher_is_better) == ("margin", True)
     lower = Metric(name="mse", function=F.mse_loss, higher_is_better=False)
     assert (metric.score(2.0), lower.score(2.0)) == (2.0, -2.0)
+
+
+def test_the_tensors_of_a_loss_go_where_the_outputs_are_and_the_loss_stays_as_it_is() -> None:
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+    moved = loss_on(torch.device("meta"), task(loss=weighted))
+    assert isinstance(moved, nn.CrossEntropyLoss) and moved.weight is not None
+    assert moved.weight.device.type == "meta"
+    assert weighted.weight is not None and weighted.weight.device.type == "cpu"
+    assert loss_on(torch.device("meta"), task()) is F.cross_entropy
 
 
 def test_accuracy_of_classes_and_of_pixels() -> None:

@@ -66,7 +66,7 @@ def output_moments(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[], Ou
     """Watches modules while the body runs the model once.
 
     Yields:
-        A function that gives the moments of those that ran exactly once.
+        A function that gives the moments (on the CPU) of those that ran exactly once.
     """
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
 
@@ -78,7 +78,11 @@ def output_moments(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[], Ou
         return hook
 
     with _hooked(modules, watch):
-        yield lambda: {name: found[0] for name, found in seen.items() if len(found) == 1}
+        yield lambda: {
+            name: (found[0][0].cpu(), found[0][1].cpu())
+            for name, found in seen.items()
+            if len(found) == 1
+        }
 
 
 def align_where_it_helps(
@@ -242,7 +246,18 @@ def _as_regression(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | 
 def _hooked(
     modules: Mapping[str, nn.Module], hook: Callable[[str], Callable[..., object]]
 ) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    def exact(name: str) -> Callable[..., object]:
+        inner = hook(name)
+
+        def run(module: nn.Module, inputs: Any, output: Any) -> object:
+            # the run may be one of half precision; moments, and weights made from them, are not
+            device = output.device.type if isinstance(output, Tensor) else "cpu"
+            with torch.autocast(device, enabled=False):
+                return inner(module, inputs, output)
+
+        return run
+
+    handles = [module.register_forward_hook(exact(name)) for name, module in modules.items()]
     try:
         yield
     finally:

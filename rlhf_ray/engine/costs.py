@@ -23,7 +23,7 @@ from rlhf_ray.engine.fitting import layer_inputs, output_layer, output_loss
 from rlhf_ray.engine.segments import SegmentPlan, no_fast_path
 from rlhf_ray.levels import LevelSplit
 from rlhf_ray.operations import FlopCounts, Pass
-from rlhf_ray.tasks import Task, call_model, map_inputs, n_examples
+from rlhf_ray.tasks import Task, call_model, loss_on, map_inputs, n_examples
 
 _aten = torch.ops.aten
 # torch before 2.15 counts nothing for the CPU's fused attention, whose arguments are the others'
@@ -59,7 +59,7 @@ class FlopModel:
         self.usable = plan.usable
         self._model = model
         self._split = split
-        self._loss = task.loss
+        self._loss = loss_on(next(model.parameters()).device, task)
         device = next(model.parameters()).device
         x, y = task.train
         index = torch.arange(_BATCH) % n_examples(x)
@@ -193,14 +193,16 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _visible_kernels() -> Iterator[None]:
-    onednn = torch._C._get_mkldnn_enabled()
-    with no_fast_path(), torch.backends.cudnn.flags(enabled=False):
-        # the public context manager sets TF32 along with it, and warns of that
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    with no_fast_path():
+        # the public context managers set TF32 along with it, and warn of that, or fail
         torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
         try:
             yield
         finally:
             torch._C._set_mkldnn_enabled(onednn)
+            torch._C._set_cudnn_enabled(cudnn)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,9 +65,9 @@ def level_moments(model: nn.Module, split: LevelSplit) -> Iterator[Callable[[], 
     """Watches the output of each level's last module while the body runs the model.
 
     Yields:
-        A function that gives the moments, to be called after the runs. Features are channels
-        (dimension 1) of 4-D outputs and the last dimension of others. A level whose last module
-        was not called, or gave no float tensor, has empty tensors.
+        A function that gives the moments (on the CPU), to be called after the runs. Features are
+        channels (dimension 1) of 4-D outputs and the last dimension of others. A level whose last
+        module was not called, or gave no float tensor, has empty tensors.
     """
     seen: list[list[tuple[Tensor, Tensor, int]]] = [[] for _ in split.names]
 
@@ -98,7 +98,7 @@ def _moments(parts: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
     n = sum(count for _, _, count in parts)
     mean = torch.stack([total for total, _, _ in parts]).sum(0) / n
     square = torch.stack([total for _, total, _ in parts]).sum(0) / n
-    return mean, (square - mean.square()).clamp_min(0)
+    return mean.cpu(), (square - mean.square()).clamp_min(0).cpu()
 
 
 def activation_shift(task: Moments, source: Moments | None) -> dict[str, tuple[float, ...]]:

@@ -161,7 +161,7 @@ class _Closure:
         self._parameters, self._evaluate, self._left = parameters, evaluate, left
         self._best = math.inf
         self.kept = [parameter.detach().clone() for parameter in parameters]
-        self.loss = torch.tensor(math.nan)
+        self.loss = parameters[0].new_full((), math.nan)
 
     def __call__(self) -> Tensor:
         if not self._left:

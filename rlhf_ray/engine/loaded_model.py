@@ -20,7 +20,7 @@ from rlhf_ray.engine.splits import SplitData, Splits
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.outcomes import PRETRAINED, LevelState
-from rlhf_ray.tasks import Inputs, Suite, Task, call_model, map_inputs, n_examples
+from rlhf_ray.tasks import Inputs, Loss, Suite, Task, call_model, loss_on, map_inputs, n_examples
 
 Load = Callable[[str, int], LevelState]
 """(version, level) -> that level's state as the stage `version` left it."""
@@ -111,6 +111,7 @@ class LoadedModel:
         self.state = dict(self.model.state_dict(keep_vars=True))
         self.pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
+        self._losses: dict[str, Loss] = {}
         self._activations = ActivationCache(settings.cache_bytes)
         example = self.place(example)
         self.plan: SegmentPlan = plan_segments(self.model, self.split, example)
@@ -140,6 +141,12 @@ class LoadedModel:
         return True
 
     # -- weights and data ----------------------------------------------------------------------
+
+    def loss(self, task: Task) -> Loss:
+        """A task's loss; tensors that it holds lie on the device."""
+        if task.digest not in self._losses:
+            self._losses[task.digest] = loss_on(self.device, task)
+        return self._losses[task.digest]
 
     def load(self, versions: tuple[str, ...], load: Load | None) -> None:
         """Brings the model to a state; levels that are there already are not copied.

@@ -97,7 +97,7 @@ class Session:
                     device=loaded.device,
                 ),
                 forward=forward,
-                loss=self.task.loss,
+                loss=loaded.loss(self.task),
                 targets=data.targets,
                 anchors={p: loaded.pretrained[name] for name, p in parameters.items()},
             )
@@ -142,7 +142,7 @@ class Session:
                 layer,
                 features,
                 data.targets,
-                self.task.loss,
+                loaded.loss(self.task),
                 proximal=settings.proximal,
                 evaluations=settings.evaluations,
             )

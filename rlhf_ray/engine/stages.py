@@ -92,7 +92,7 @@ class Engine:
         val = self._loaded.data(task, "val")
         with level_moments(self._loaded.model, self._loaded.split) as moments:
             outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
-        metric, loss, entropy = _figures(task, outputs, val.targets)
+        metric, loss, entropy = self._figures(task, outputs, val.targets)
         source = self.source_moments()
         gradient, probe_loss = self._gradient_probe(task)
         return Outcome(
@@ -150,7 +150,7 @@ class Engine:
         if session.changed and not diverged:
             self._loaded.mark(session.changed, key)
             val = self._loaded.data(task, "val")
-            found = _figures(task, self._loaded.outputs(task, val, versions), val.targets)
+            found = self._figures(task, self._loaded.outputs(task, val, versions), val.targets)
             diverged = not all(map(math.isfinite, found))
             figures = figures if diverged else found
         if diverged:
@@ -176,7 +176,7 @@ class Engine:
         self._loaded.load(state.versions, load)
         test = self._loaded.data(task, "test")
         outputs = self._loaded.outputs(task, test, state.versions, keep=False)
-        metric, loss, entropy = _figures(task, outputs, test.targets)
+        metric, loss, entropy = self._figures(task, outputs, test.targets)
         return Outcome(
             key=self.identity.key(request),
             kind="test",
@@ -259,19 +259,32 @@ class Engine:
     def _gradient_probe(self, task: Task) -> tuple[tuple[float, ...], float]:
         train = self._loaded.data(task, "train")
         generator = torch.Generator().manual_seed(derive_seed("probe", task.digest))
+        loss = self._loaded.loss(task)
         chosen = torch.randperm(train.n, generator=generator)[: self.settings.probe_size]
         index = chosen.to(self._loaded.device)
         return gradient_norms(
             self._loaded.model,
             self._loaded.split,
-            lambda: task.loss(
+            lambda: loss(
                 self._loaded.output(self.plan.take(train.values, index, 0), 0),
                 train.targets[index],
             ),
         )
 
+    def _figures(self, task: Task, outputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
+        """Metric, loss and relative predictive entropy of a whole split."""
+        assert isinstance(task.metric, Metric)
+        loss = float(self._loaded.loss(task)(outputs, targets))
+        entropy = 0.0
+        if outputs.dim() >= 2 and outputs.shape[1] > 1 and not targets.is_floating_point():
+            log_p = F.log_softmax(outputs, dim=1)
+            mean = float(-(log_p.exp() * log_p).sum(1).mean())
+            entropy = mean / math.log(outputs.shape[1])
+        # metrics may be written with NumPy
+        return float(task.metric.function(outputs.cpu(), targets.cpu())), loss, entropy
+
     def source_moments(self) -> SourceMoments | None:
-        """Activation moments of the pretrained model on the source data; None without any."""
+        """Activation moments of the pretrained model on the source data (on the CPU), if any."""
         if self._suite.source is not None and self._source is None:
             loaded = self._loaded
             loaded.load((PRETRAINED,) * self.n_levels, load=None)
@@ -292,19 +305,6 @@ class Engine:
         if self._loaded.device.type == "cuda":
             device = torch.cuda.get_device_name(self._loaded.device)
         return {"device": device, "torch": str(torch.__version__)}
-
-
-def _figures(task: Task, outputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
-    """Metric, loss and relative predictive entropy of a whole split."""
-    assert isinstance(task.metric, Metric)
-    metric = float(task.metric.function(outputs, targets))
-    loss = float(task.loss(outputs, targets))
-    entropy = 0.0
-    if outputs.dim() >= 2 and outputs.shape[1] > 1 and not targets.is_floating_point():
-        log_p = F.log_softmax(outputs, dim=1)
-        mean = float(-(log_p.exp() * log_p).sum(1).mean())
-        entropy = mean / math.log(outputs.shape[1])
-    return metric, loss, entropy
 
 
 def _flops(stage: StageFlops, charged: float = 0.0) -> dict[str, float]:

@@ -22,7 +22,7 @@ BATCH_SIZE, UPDATES_PER_STEP = 128, 1.5
 
 def process_record(context: "TrialContext") -> dict[str, Any]:
     """What `finetune` needs of the process a policy was learned in."""
-    settings, engine = context.spec.settings, context.config.engine_settings()
+    settings, config = context.spec.settings, context.config
     return {
         "horizon": settings.horizon,
         "performance": settings.performance,
@@ -30,8 +30,8 @@ def process_record(context: "TrialContext") -> dict[str, Any]:
         "budget": settings.budget,
         "groups": list(context.observer.groups),
         "tasks": list(context.observer.tasks),
-        "precision": engine.precision,
-        "val_size": engine.val_size,
+        "precision": config.precision,
+        "val_size": config.val_size,
     }
 
 

@@ -60,6 +60,7 @@ class StageWorker:
     ) -> None:
         self._threads = threads
         self._running = ""
+        self._broken = False
         self._ledger: Ledger | None = None
         self._stages: LocalStages | RlhfRayError
         try:
@@ -94,6 +95,8 @@ class StageWorker:
         self, key: str, request: StageRequest, episode: str, ledger: Ledger
     ) -> Answer | RlhfRayError:
         """Answers a request from the store, or carries it out and commits it."""
+        if self._broken:
+            os._exit(1)  # a fresh process takes its place; the driver has this request tried again
         self._ledger = ledger
         if isinstance(self._stages, RlhfRayError):
             return self._stages
@@ -102,6 +105,7 @@ class StageWorker:
         try:
             return self._stages.outcome(request, episode)
         except Exception as error:
+            self._broken = is_lost_device(error)
             return as_ours("a stage must run", error)
         finally:
             self._running = ""
@@ -114,6 +118,13 @@ class StageWorker:
             return self._stages.state_dict(request, namespace="state_dict")
         except Exception as error:
             return as_ours("a state must be had", error)
+
+
+def is_lost_device(error: BaseException | None) -> bool:
+    """Whether this process can do no more on its GPU: the error of a failed kernel stays."""
+    if isinstance(error, torch.OutOfMemoryError) or error is None:
+        return False
+    return isinstance(error, torch.AcceleratorError) or is_lost_device(error.__cause__)
 
 
 def as_ours(what: str, error: Exception) -> RlhfRayError:

@@ -12,8 +12,8 @@ from test_stages import path_of, suite_of
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.training import batch_order, make_optimizer, train_steps
-from rlhf_ray.operations import OptimizerName, Train
-from rlhf_ray.outcomes import Outcome, StageRequest
+from rlhf_ray.operations import Align, Fit, Operation, OptimizerName, Refit, Train
+from rlhf_ray.outcomes import Outcome, StageRequest, StageStep
 from rlhf_ray.tree.stage_tree import LocalStages
 
 pytestmark = [
@@ -72,6 +72,53 @@ def test_bf16_ends_before_the_loss() -> None:
             kept = loaded.plan.forward(data.values, 0, 2)
         assert {value.dtype for value in kept.values()} == {torch.bfloat16}
         assert loaded.output(kept, 2).dtype == torch.float32
+
+
+WHOLE = (
+    Align(name="align", examples=8, margin=-1),
+    Fit(name="fit", evaluations=20),
+    Refit(name="refit", examples=8, margin=-1, evaluations=20),
+)
+
+
+@pytest.mark.parametrize("operation", WHOLE, ids=lambda operation: operation.name)
+@pytest.mark.parametrize("name", ["cnn4", "transformer_plain"])
+def test_operations_without_a_rate_do_on_cuda_what_they_do_on_the_cpu(
+    name: str, operation: Operation
+) -> None:
+    found = []
+    for settings in (CUDA, CPU, dataclasses.replace(CUDA, precision="bf16")):
+        stages = stages_of(name, settings)
+        n_levels = stages.engine.n_levels  # type: ignore[attr-defined]
+        step = StageStep(operation=operation, levels=operation.levels(0, n_levels))
+        found.append(stages.outcome(StageRequest(task="task", path=(step,))).outcome)
+    cuda, cpu, half = found
+    assert not cuda.diverged and cuda.loss == pytest.approx(cpu.loss, rel=2e-2)
+    assert (cuda.flops, cuda.key) == (cpu.flops, cpu.key)
+    assert not half.diverged and half.loss == pytest.approx(cuda.loss, rel=0.2)
+
+
+def test_moments_of_a_policys_file_weights_of_a_loss_and_metrics_in_numpy_will_do() -> None:
+    suite = suite_of(zoo.CASES["cnn4"])
+    moments = Engine(suite, CPU).source_moments()
+    (task,) = suite.train_tasks
+    n_classes = int(task.train[1].max()) + 1
+    weighted = torch.nn.CrossEntropyLoss(weight=torch.arange(1.0, 1.0 + n_classes))
+
+    def correct(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        return float((outputs.numpy().argmax(1) == targets.numpy()).mean())
+
+    task = dataclasses.replace(task, loss=weighted, metric=correct)
+    suite = dataclasses.replace(suite, train_tasks=[task], source=None)
+    for operation in (REQUEST.path[0].operation, *WHOLE):
+        step = StageStep(operation=operation, levels=operation.levels(0, len(suite.levels)))
+        request = StageRequest(task="task", path=(step,))
+        found = [
+            LocalStages(Engine(suite, settings, source_moments=moments)).outcome(request).outcome
+            for settings in (CUDA, CPU)
+        ]
+        assert found[0].loss == pytest.approx(found[1].loss, rel=2e-2)
+        assert found[0].flops == found[1].flops
 
 
 def test_data_and_weights_lie_on_the_device_and_states_on_the_cpu() -> None:
