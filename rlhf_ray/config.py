@@ -104,7 +104,8 @@ class SearchConfig:
         dashboard: switch Ray's dashboard on, on 127.0.0.1, where a local Ray is started.
         num_workers: actors that carry out stages, >= 1; "auto": one per core, or per GPU.
         cpus_per_worker: cores each reserves, > 0.
-        gpus_per_worker: GPUs each reserves, >= 0; a fraction shares one.
+        gpus_per_worker: GPUs each reserves, >= 0; a fraction shares one; "auto": a quarter where
+            there are GPUs, unless the device is "cpu", else none.
         concurrent_trials: trials that run at once, >= 1; "auto": as many as cores, at most 4.
         stages_in_flight: episodes that one trial plays at once, >= 1.
         env_runners: remote RLlib env runners per trial, >= 0; 0: in the trial itself.
@@ -166,7 +167,7 @@ class SearchConfig:
     dashboard: bool = False
     num_workers: int | Literal["auto"] = "auto"
     cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float | Literal["auto"] = "auto"
     concurrent_trials: int | Literal["auto"] = "auto"
     stages_in_flight: int = 4
     env_runners: int = 0

@@ -15,6 +15,10 @@ Nodes = Sequence[Mapping[str, float]]
 """Resources of each node that lives: "CPU", "GPU", ..."""
 
 
+GPU_SHARE = 0.25
+"""What a worker reserves where nothing is said: small stages leave most of a GPU idle."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What workers and trials reserve.
@@ -92,6 +96,19 @@ def trial_room(nodes: Nodes, needs: Needs, workers: int) -> int:
     """How many trials fit beside so many workers."""
     left = total(nodes, "CPU") - workers * needs.worker_cpus
     return max(0, _floor(left / needs.trial_cpus))
+
+
+def sharing_gpus(nodes: Nodes, needs: Needs) -> Needs:
+    """Needs with a share of a GPU for each worker, where such a worker fits.
+
+    >>> needs = Needs(worker_cpus=1, worker_gpus=0, trial_cpus=0.5, trials=4)
+    >>> sharing_gpus([{"CPU": 8.0, "GPU": 1.0}], needs).worker_gpus
+    0.25
+    >>> sharing_gpus([{"CPU": 8.0}, {"GPU": 1.0}], needs).worker_gpus
+    0
+    """
+    shared = replace(needs, worker_gpus=GPU_SHARE)
+    return shared if _slots(nodes, shared) else needs
 
 
 def fitting(nodes: Nodes, needs: Needs) -> Needs:

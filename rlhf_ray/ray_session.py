@@ -18,6 +18,7 @@ from rlhf_ray.placement import (
     Needs,
     Nodes,
     fitting,
+    sharing_gpus,
     total,
     trial_room,
     wanted_workers,
@@ -97,11 +98,11 @@ def _dashboard() -> str | None:
 
 def _check_gpus(config: SearchConfig) -> None:
     """A local Ray never grows: what it does not have is not waited for."""
-    nodes = node_resources()
-    if config.gpus_per_worker and not worker_room(nodes, needs(config), trials=1):
+    nodes, share = node_resources(), config.gpus_per_worker
+    if share != "auto" and share and not worker_room(nodes, needs(config), trials=1):
         raise InputError(
             "gpus_per_worker must be what this machine has, got gpus_per_worker="
-            f"{config.gpus_per_worker:g} with {total(nodes, 'GPU'):g} GPUs. Leave it out, or give "
+            f"{share:g} with {total(nodes, 'GPU'):g} GPUs. Leave it out, or give "
             "--address of a cluster."
         )
 
@@ -135,13 +136,16 @@ def needs(config: SearchConfig) -> Needs:
     Raises:
         InputError: a share of GPUs that cannot be had.
     """
+    nodes, share = node_resources(), config.gpus_per_worker
     asked = Needs(
         worker_cpus=config.cpus_per_worker,
-        worker_gpus=config.gpus_per_worker,
+        worker_gpus=0.0 if share == "auto" else share,
         trial_cpus=TRIAL_CPUS * (1 + config.env_runners),
         trials=concurrent_trials(config),
     )
-    return fitting(node_resources(), asked)
+    if share == "auto" and config.device != "cpu":
+        asked = sharing_gpus(nodes, asked)
+    return fitting(nodes, asked)
 
 
 def stage_workers(
