@@ -102,7 +102,8 @@ class SearchConfig:
         name: of the sweep's folder; None: made from suite and configuration.
         address: of a running Ray cluster; None: one that is running here, or a local one.
         dashboard: switch Ray's dashboard on, on 127.0.0.1, where a local Ray is started.
-        num_workers: actors that carry out stages, >= 1; "auto": one per core, or per GPU.
+        num_workers: actors that carry out stages, >= 1; "auto": one per core, or as many as
+            share the GPUs.
         cpus_per_worker: cores each reserves, > 0.
         gpus_per_worker: GPUs each reserves, >= 0; a fraction shares one; "auto": a quarter where
             there are GPUs, unless the device is "cpu", else none.

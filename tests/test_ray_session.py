@@ -24,3 +24,14 @@ def test_a_ray_that_runs_without_dashboard_has_no_address(ray_session):
     with running_ray(SearchConfig()) as address:
         assert address is None
     assert ray.is_initialized()
+
+
+def test_workers_share_the_gpus_that_there_are_unless_said_otherwise(monkeypatch):
+    nodes = [{"CPU": 8.0, "GPU": 1.0}]
+    monkeypatch.setattr(ray_session, "node_resources", lambda: nodes)
+    assert ray_session.needs(SearchConfig()).worker_gpus == 0.25
+    assert ray_session.needs(SearchConfig(device="cpu")).worker_gpus == 0
+    assert ray_session.needs(SearchConfig(gpus_per_worker=0)).worker_gpus == 0
+    assert ray_session.needs(SearchConfig(gpus_per_worker=1)).worker_gpus == 1
+    nodes[:] = [{"CPU": 8.0}]
+    assert ray_session.needs(SearchConfig()).worker_gpus == 0

@@ -195,7 +195,7 @@ def learn_from_walks(
 
         return _rebuilt(spec, observer, _Known(walk.outcomes), decide, walk.task, REPLICA, level=0)
 
-    _remembered(algorithm, concurrently(one, walks), counterfactual)
+    _remembered(algorithm, [one(walk) for walk in walks], counterfactual)  # nobody is waited for
 
 
 @dataclass(frozen=True)

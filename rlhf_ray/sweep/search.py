@@ -174,17 +174,18 @@ def _stages_estimate(ground: Ground) -> tuple[int, int]:
     config, n_trials = ground.config, len(ground.trials)
     n_tasks, n_levels = len(ground.suite.train_tasks), len(ground.suite.levels)
     played = config.episodes * config.horizon
-    # All trials share the random episodes, many of which stop early; beyond, they mostly go ways of
-    # their own (shares measured on `digits`: experiments/sweep_sharing.py).
-    common = (config.warm_up + config.decay_fraction) / 2
     if not has_schedule(config, n_levels):
+        # All trials share the random episodes, many of which stop early; beyond, they mostly go
+        # ways of their own (shares measured on `digits`: experiments/sweep_sharing.py).
+        common = (config.warm_up + config.decay_fraction) / 2
         distinct = math.ceil(played * (0.7 * common + 0.4 * (1 - common) * n_trials))
         return played * n_trials, distinct
     trainings, others = candidate_moves(ground.operations, n_levels)
     walks = most_walks(len(trainings), len(others), n_tasks=n_tasks, horizon=config.horizon)
     raced = walks * config.horizon
     checked = 2 * n_tasks * config.horizon  # whether departures pay; most of it was met before
-    distinct = math.ceil(0.93 * raced + 0.7 * played)  # what is played lies around the schedule
+    # what is played lies around the schedule (shares of the default run: the README's)
+    distinct = math.ceil(0.93 * raced + 0.7 * played)
     return raced + (played + checked) * n_trials, distinct
 
 
