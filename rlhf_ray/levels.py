@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rlhf_ray.digests import digest, source_digest, tensor_digest
+from rlhf_ray.digests import (
+    attributes_digest,
+    digest,
+    is_installed,
+    source_digest,
+    tensor_digest,
+)
 from rlhf_ray.errors import InputError, unknown_name
 
 
@@ -16,7 +22,9 @@ class LevelSplit:
     Attributes:
         names: the L level names, input side first.
         modules: per level, the names of its modules.
-        parameters: per level, the full names of its parameters.
+        parameters: per level, the full names of its parameters that can be trained: of floating
+            point, and requiring gradients in the model that was split. Where none of the model's
+            does, it was frozen as a whole, for inference, and all can be.
         state: per level, the full names of its parameters and persistent buffers, in the order of
             `state_dict`.
         unassigned: parameters in no level; they stay frozen.
@@ -52,8 +60,9 @@ def split_levels(model: nn.Module, levels: Mapping[str, Sequence[str]]) -> Level
         The split.
 
     Raises:
-        InputError: no levels, a module that does not exist, a level without parameters, a module or
-            a parameter (tied weights) in two levels.
+        InputError: no levels, a module that does not exist, a level without parameters that can be
+            trained, a module or a parameter (tied weights) in two levels, a parameter of a level
+            tied to one that is in none.
     """
     if not isinstance(levels, Mapping) or not levels:
         raise InputError(f"levels must map level names to module names, got levels={levels!r}.")
@@ -76,7 +85,9 @@ def split_levels(model: nn.Module, levels: Mapping[str, Sequence[str]]) -> Level
 
 def _resolve(model: nn.Module, levels: Mapping[str, tuple[str, ...]]) -> LevelSplit:
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen = _frozen(model)
     holder: dict[int, tuple[str, str]] = {}
+    owned: set[str] = set()
     per_level: list[tuple[str, ...]] = []
     for level, names in levels.items():
         mine = tuple(p for p in parameters if any(_contains(name, p) for name in names))
@@ -87,8 +98,22 @@ def _resolve(model: nn.Module, levels: Mapping[str, tuple[str, ...]]) -> LevelSp
             if first_level != level:
                 raise InputError(f"weights must not be shared across levels, got {first_name!r} of "
                                  f"{first_level!r} tied to {name!r} of {level!r}.")  # fmt: skip
-        per_level.append(mine)
-    unassigned = tuple(name for name, value in parameters.items() if id(value) not in holder)
+        trainable = tuple(name for name in mine if name not in frozen)
+        if not trainable:
+            raise InputError(
+                f"every level must have parameters to train, got level {level!r} whose parameters "
+                "are all frozen. Set requires_grad on those that may change."
+            )
+        per_level.append(trainable)
+        owned.update(mine)
+    for name, value in parameters.items():
+        if name not in owned and id(value) in holder:
+            level, twin = holder[id(value)]
+            raise InputError(
+                f"weights must not be shared with modules outside the levels, got {twin!r} of "
+                f"{level!r} tied to {name!r}. Put both in one level."
+            )
+    unassigned = tuple(name for name in parameters if name not in owned)
     keys = tuple(model.state_dict(keep_vars=True))
     state = tuple(
         tuple(key for key in keys if any(_contains(name, key) for name in names))
@@ -114,4 +139,31 @@ def model_digest(model: nn.Module, split: LevelSplit) -> str:
     levels = [
         [name, list(modules)] for name, modules in zip(split.names, split.modules, strict=True)
     ]
-    return digest(tensor_digest(tensors), repr(model), kinds, levels)
+    attributes = {name: _attributes(module) for name, module in model.named_modules()}
+    unsaved = {name: value for name, value in model.named_buffers() if name not in tensors}
+    more = {
+        "attributes": {name: found for name, found in attributes.items() if found},
+        "buffers": tensor_digest(unsaved) if unsaved else "",
+        "frozen": sorted(_frozen(model) & {name for names in split.state for name in names}),
+    }
+    more = {name: value for name, value in more.items() if value}
+    return digest(tensor_digest(tensors), repr(model), kinds, levels, *([more] if more else []))
+
+
+def _attributes(module: nn.Module) -> str:
+    """Of a module's plain attributes; "" where it has none or its `repr` tells them."""
+    kind = type(module)
+    if kind.extra_repr is not nn.Module.extra_repr and is_installed(kind.__module__):
+        return ""
+    return attributes_digest(module, besides=("training",))
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Parameters that cannot be trained."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole = not any(value.requires_grad for value in parameters.values())
+    return {
+        name
+        for name, value in parameters.items()
+        if not (value.is_floating_point() and (value.requires_grad or whole))
+    }

@@ -67,6 +67,7 @@ class Identity:
         tasks: task name -> digest of its data, loss and metric.
         precision: "fp32" or "bf16".
         val_size: how many val examples decisions use.
+        source: digest of the source data; "": there are none.
     """
 
     model: str
@@ -74,9 +75,16 @@ class Identity:
     tasks: Mapping[str, str]
     precision: str
     val_size: int
+    source: str = ""
 
     def key(self, request: StageRequest) -> str:
-        """The digest under which a request's answer is kept; also what its RNG derives from."""
+        """The digest under which a request's answer is kept."""
+        drawn = self.drawn_by(request)
+        told = not request.path or any("source" in s.operation.needs for s in request.path)
+        return digest(drawn, self.source) if told and self.source else drawn
+
+    def drawn_by(self, request: StageRequest) -> str:
+        """What a request's random draws derive from: its key, whatever the source data are."""
         steps = [
             [step.operation.settings(), [self.levels[level] for level in step.levels]]
             for step in request.path

@@ -1,11 +1,15 @@
 import argparse
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +108,73 @@ class Scaled:
 )
 def test_what_a_callable_carries_counts(make: Callable[[float], Any]) -> None:
     assert source_digest(make(0.1)) == source_digest(make(0.1)) != source_digest(make(0.2))
+
+
+USERS_CODE = """
+import logging
+import torch
+
+WEIGHTS = [1.0, {weight}]
+LOG = logging.getLogger(__name__)
+calls = 0
+
+class Base(torch.nn.Module):
+    def forward(self, x):
+        return scaled(x)
+
+class Net(Base):
+    pass
+
+def scaled(x):
+    return x * {factor}
+
+def loss(outputs, targets):
+    global calls
+    calls += 1
+    LOG.info("called")
+    return ((outputs - scaled(targets)) * torch.tensor(WEIGHTS)).sum()
+"""
+
+
+def users_module(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: float) -> ModuleType:
+    """A module of a user's, as if edited: one name, another file."""
+    file = folder / f"{len(list(folder.iterdir()))}.py"
+    file.write_text(USERS_CODE.format(**{"weight": 1.0, "factor": 2.0, **values}))
+    spec = importlib.util.spec_from_file_location("users_code", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "users_code", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_users_code_names_of_its_module_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests(**values: float) -> tuple[str, str]:
+        module = users_module(tmp_path, monkeypatch, **values)
+        return source_digest(module.loss), source_digest(module.Net)
+
+    loss, net = digests()
+    assert digests() == (loss, net)
+    assert digests(weight=50.0)[0] != loss and digests(weight=50.0)[1] == net
+    other_loss, other_net = digests(factor=3.0)  # in a function that both call
+    assert other_loss != loss and other_net != net
+
+
+def test_what_users_code_writes_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = users_module(tmp_path, monkeypatch)
+    before = source_digest(module.loss)
+    module.loss(torch.ones(2), torch.ones(2))
+    assert module.calls == 1 and source_digest(module.loss) == before
+
+
+def test_arrays_count_by_their_content() -> None:
+    few, many = np.zeros((40, 40)), np.zeros((40, 40))
+    many[20, 20] = 1.0  # where their text is cut
+    assert source_digest(partial(max, few)) != source_digest(partial(max, many))
 
 
 def test_what_refers_to_itself_has_a_digest() -> None:

@@ -59,6 +59,53 @@ def test_weights_tied_across_levels_are_refused_within_one_they_are_not() -> Non
     assert split_levels(tied, {"a": ["0", "2"], "b": ["1"]}).unassigned == ()
 
 
+def test_weights_tied_to_a_module_outside_the_levels_are_refused() -> None:
+    tied = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "body": nn.Linear(3, 3),
+                          "head": nn.Linear(3, 5)})  # fmt: skip
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(InputError, match=r"'head.weight' of 'b' tied to 'embedding.weight'\. Put"):
+        split_levels(tied, {"a": ["body"], "b": ["head"]})
+    levels = {"a": ["embedding", "head"], "b": ["body"]}
+    assert split_levels(tied, levels).unassigned == ()
+
+
+def test_frozen_parameters_are_not_trained() -> None:
+    net = model()
+    net["stem"][0].requires_grad_(False)  # type: ignore[index]
+    split = split_levels(net, {"a": ["stem"], "b": ["head"]})
+    assert split.parameters[0] == ("stem.1.weight", "stem.1.bias")
+    assert "stem.0.weight" in split.state[0]
+    assert model_digest(net, split) != model_digest(model(), split)
+    with pytest.raises(InputError, match=r"level 'c' whose parameters are all frozen\. Set"):
+        split_levels(net, {"c": ["stem.0"], "b": ["head"]})
+    whole = split_levels(model().requires_grad_(False), {"a": ["stem"], "b": ["head"]})
+    assert whole.parameters == split_levels(model(), {"a": ["stem"], "b": ["head"]}).parameters
+
+
+class Pooled(nn.Module):
+    """Does what neither its weights nor its `repr` tell."""
+
+    def __init__(self, power: float, shift: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.power = power
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+
+def test_digest_follows_attributes_and_unsaved_buffers() -> None:
+    def digest(net: nn.Module) -> str:
+        for parameter in net.parameters():
+            nn.init.zeros_(parameter)
+        return model_digest(net, split_levels(net, {"a": [""]}))
+
+    nets = [Pooled(1.0, 0.0), Pooled(2.0, 0.0), Pooled(1.0, 1.0)]
+    layer = nn.TransformerEncoderLayer
+    nets += [layer(4, 1), layer(4, 2), layer(4, 1, norm_first=True), layer(4, 1, activation="gelu")]
+    found = [digest(net) for net in nets]
+    assert len(set(found)) == len(found)
+    assert digest(Pooled(1.0, 0.0)) == found[0] == digest(Pooled(1.0, 0.0).eval())
+
+
 def test_digest_follows_weights_structure_and_levels() -> None:
     levels = {"a": ["stem"], "b": ["head"]}
 

@@ -247,6 +247,7 @@ def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation
         config.digest(),
         identity.model,
         dict(identity.tasks),
+        identity.source,
         roles,
         [operation_as_json(operation) for operation in operations],
     )
