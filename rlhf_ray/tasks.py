@@ -4,6 +4,7 @@ Checks everything a user can get wrong about data here, before any work starts. 
 stands in `levels`; how a suite is trained on stands in `stages`.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,16 +172,21 @@ def _check_split(task: str, split: str, data: object) -> None:
     x, y = data
     if not isinstance(x, Tensor | tuple | dict) or not input_tensors(x):
         raise InputError(f"{where}: x must be a tensor, tuple or dict of tensors, got {_kind(x)}.")
+    _check_tensors(where, _named_tensors((x, y)))
     for name, value in _named_tensors((x, y)).items():
+        if value.shape[0] != y.shape[0]:
+            raise InputError(f"{where}: x and y must have as many examples, got {name} with "
+                             f"{value.shape[0]} and y with {y.shape[0]}.")  # fmt: skip
+
+
+def _check_tensors(where: str, tensors: Mapping[str, object]) -> None:
+    for name, value in tensors.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             raise InputError(f"{where}: {name} must be a tensor with a batch dimension, "
                              f"got {_kind(value)}.")  # fmt: skip
         if value.shape[0] == 0:
             raise InputError(f"{where}: data must not be empty, got {name} of shape "
                              f"{tuple(value.shape)}.")  # fmt: skip
-        if value.shape[0] != y.shape[0]:
-            raise InputError(f"{where}: x and y must have as many examples, got {name} with "
-                             f"{value.shape[0]} and y with {y.shape[0]}.")  # fmt: skip
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"{where}: values must be finite, got NaN or infinity in {name}.")
 
@@ -238,6 +244,8 @@ class Suite:
                     raise InputError(f"task names must be unique, got {task.name!r} twice.")
                 names.add(task.name)
                 check_task(self.model, task)
+        if self.source is not None:
+            _check_source(self.model, self.source, self.train_tasks[0])
 
     def tasks(self) -> Iterator[Task]:
         """All tasks: train, val, test."""
@@ -257,43 +265,108 @@ class Suite:
 
 
 def check_task(model: nn.Module, task: Task) -> None:
-    """Runs a model on two examples of a task and holds its targets against its outputs.
+    """Runs a model on two examples of each split, and holds loss and metric against its outputs.
 
     Raises:
-        InputError: the model cannot take x, the loss cannot take (outputs, y), labels out of range.
+        InputError: the model cannot take x, loss or metric cannot take (outputs, y) or give no
+            number, labels out of range.
     """
-    x, y = task.train
+    with _looking(model):
+        for split in SPLITS:
+            _check_run(model, task, split)
+
+
+def _check_source(model: nn.Module, source: object, task: Task) -> None:
+    """Holds source data against the inputs of a task, and runs a model on two examples."""
+    x = task.train[0]
+    names = list(input_tensors(x))
+    if type(source) is not type(x) or list(input_tensors(source)) != names:  # type: ignore[arg-type]
+        raise InputError(
+            f"source must be inputs like a task's x ({_kind(x)}), got {_kind(source)}."
+        )
+    _check_tensors("source", input_tensors(source))  # type: ignore[arg-type]
+    with _looking(model), _refused("the model must take the source data"):
+        call_model(model, map_inputs(lambda value: value[:2], source))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _looking(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags are put back."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            outputs = call_model(model, map_inputs(lambda value: value[:2], x))
-            if task.loss is F.cross_entropy and not y.is_floating_point():
-                _check_labels(task, outputs)
-            task.loss(outputs, y[:2])
-    except InputError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(
-            f"task {task.name!r}: model and loss must take its data, got {type(error).__name__}: "
-            f"{reason}"
-        ) from error
+            yield
     finally:
         for module in was_training:
             module.training = True
 
 
-def _check_labels(task: Task, outputs: Tensor) -> None:
-    for split in SPLITS:
-        y = task.split(split)[1]
-        if y.dtype not in (torch.int64, torch.uint8):
+def _check_run(model: nn.Module, task: Task, split: str) -> None:
+    where = f"task {task.name!r}, {split}"
+    x, y = task.split(split)
+    with _refused(f"task {task.name!r}: model and loss must take its data", split):
+        outputs = call_model(model, map_inputs(lambda value: value[:2], x))
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"{where}: the model must return a tensor, got {_kind(outputs)}.")
+        if task.loss is F.cross_entropy and not y.is_floating_point():
+            _check_labels(task, split, outputs)
+        regression = task.loss in _OF_ONE_SHAPE or isinstance(task.loss, _KINDS_OF_ONE_SHAPE)
+        if regression and outputs.shape != y[:2].shape:
             raise InputError(
-                f"task {task.name!r}, {split}: class labels must be int64, got {y.dtype}."
+                f"{where}: outputs and y must have one shape, got {_per_example(outputs)} and "
+                f"{_per_example(y)} per example."
             )
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= outputs.shape[1]:
-            raise InputError(
-                f"task {task.name!r}, {split}: labels must lie in [0, {outputs.shape[1] - 1}], the "
-                f"model's classes, got labels from {low} to {high}."
-            )
+        outputs = outputs.detach().requires_grad_(True)
+        with torch.enable_grad():
+            loss = task.loss(outputs, y[:2])
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise InputError(f"{where}: the loss must be a scalar tensor, got {_kind(loss)}{shape}.")
+    if not loss.requires_grad:
+        raise InputError(f"{where}: the loss must be differentiable, got one without a gradient.")
+    outputs = outputs.detach()
+    classes = outputs.dim() > 1 and outputs.argmax(1).shape == y[:2].shape
+    if task.metric is accuracy and not classes:
+        raise InputError(
+            f"{where}: accuracy needs outputs (N, C, ...) and class labels (N, ...), got "
+            f"{_per_example(outputs)} and {_per_example(y)} per example. Give metric=."
+        )
+    assert isinstance(task.metric, Metric)
+    with _refused(f"{where}: metric {task.metric.name!r} must take (outputs, y), give a number"):
+        every = torch.arange(len(y)) % len(outputs)  # it may need more examples than two
+        float(task.metric.function(outputs.cpu()[every], y.cpu()))
+
+
+_OF_ONE_SHAPE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_KINDS_OF_ONE_SHAPE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+"""Losses that broadcast outputs (N, 1) and targets (N,) to (N, N), with no more than a warning."""
+
+
+def _per_example(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape[1:])
+
+
+@contextlib.contextmanager
+def _refused(requirement: str, where: str = "") -> Iterator[None]:
+    """Turns whatever a user's code raises into one clear line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        place = f" on {where}" if where else ""
+        raise InputError(f"{requirement}, got {type(error).__name__}{place}: {reason}") from error
+
+
+def _check_labels(task: Task, split: str, outputs: Tensor) -> None:
+    y = task.split(split)[1]
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise InputError(f"task {task.name!r}, {split}: class labels must be int64, got {y.dtype}.")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= outputs.shape[1]:
+        raise InputError(
+            f"task {task.name!r}, {split}: labels must lie in [0, {outputs.shape[1] - 1}], the "
+            f"model's classes, got labels from {low} to {high}."
+        )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import InputError
 from rlhf_ray.tasks import (
+    SPLITS,
     Metric,
     Suite,
     Task,
@@ -110,6 +111,14 @@ def test_inputs_keep_their_form(inputs: object) -> None:
     assert all(torch.equal(a, b + 2) for a, b in pairs)
 
 
+def undirected(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) != targets).float().mean()
+
+
+def rows(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).float()
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -124,6 +133,26 @@ def test_inputs_keep_their_form(inputs: object) -> None:
         ({"test_tasks": [task("c", train=(X, Y - 1))]}, "got labels from -1 to 1"),
         ({"test_tasks": [task("c", val=(X, Y.int()))]}, "labels must be int64, got torch.int32"),
         ({"test_tasks": [task("c", train=(X[:, :3], Y))]}, "'c': model and loss must take its"),
+        ({"val_tasks": [task("c", test=(X[:, :3], Y))]}, "must take its data, got .* on test"),
+        (
+            {"val_tasks": [task("c", loss=nn.CrossEntropyLoss(reduction="none"))]},
+            r"the loss must be a scalar tensor, got a Tensor of shape \(2,\)",
+        ),
+        ({"val_tasks": [task("c", loss=undirected)]}, "must be differentiable, got one without a"),
+        (
+            {"val_tasks": [task("c", loss=nn.L1Loss(), **{s: (X, X[:, 0]) for s in SPLITS})]},
+            r"outputs and y must have one shape, got \(3,\) and \(\) per example",
+        ),
+        ({"source": [X]}, r"source must be inputs like a task's x \(a Tensor\), got a list"),
+        ({"source": {"x": X}}, "source must be inputs like a task's x .*, got a dict"),
+        ({"source": X[:0]}, "source: data must not be empty"),
+        ({"source": X / 0}, "source: values must be finite"),
+        ({"source": X[:, :3]}, "the model must take the source data, got RuntimeError"),
+        ({"val_tasks": [task("c", metric=rows)]}, "metric 'rows' must take .*, give a number, got"),
+        (
+            {"val_tasks": [task("c", loss=F.mse_loss, **{s: (X, X[:, :3]) for s in SPLITS})]},
+            r"accuracy needs .* class labels .*, got \(3,\) and \(3,\) per example\. Give metric=",
+        ),
     ],
 )
 def test_bad_suite_is_one_clear_line(changes: dict[str, object], match: str) -> None:
