@@ -45,3 +45,8 @@ class ActivationCache:
         self._n_bytes += size
         while self._n_bytes > self._max_bytes:
             self._n_bytes -= SegmentPlan.n_bytes(self._kept.popitem(last=False)[1])
+
+    def forget(self, version: str, above: int) -> None:
+        """Drops the values of boundaries higher than `above` that depend on a version."""
+        for key in [k for k in self._kept if k[2] > above and version in k[3]]:
+            self._n_bytes -= SegmentPlan.n_bytes(self._kept.pop(key))

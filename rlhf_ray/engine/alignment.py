@@ -151,8 +151,8 @@ def aligning(
             shape = weight.shape
             if wanted.dim() == 2:
                 transport = transport_map(_shrunk(spread, shrinkage), _shrunk(wanted, shrinkage))
-                weight.copy_((transport @ weight.flatten(1)).view(shape))
-                bias.copy_(transport @ (bias - mean) + goal)
+                weight.copy_((transport @ weight.flatten(1).float()).view(shape))
+                bias.copy_(transport @ (bias.float() - mean) + goal)
                 moved = F.linear(output.movedim(feature, -1).float() - mean, transport, goal)
             else:
                 gain = ((wanted + EPSILON) / (spread + EPSILON)).sqrt().clamp(*GAIN)

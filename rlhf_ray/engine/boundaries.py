@@ -94,14 +94,18 @@ def _fill(leaf: Any, batch: int) -> Any:
     return leaf
 
 
-def observe(name: str, many: Any, few: Any, sizes: tuple[int, int], *, blank: bool) -> Packing:
-    """Learns how to pack an object from what it was on two batches, the second a part of the first.
+def observe(
+    name: str, many: Any, few: Any, last: Any, sizes: tuple[int, int], *, blank: bool
+) -> Packing:
+    """Learns how to pack an object from what it was on a batch, and on two parts of it.
 
     Args:
         name: the object's name.
-        many: the object on the larger batch.
+        many: the object on the whole batch.
         few: the object on the first examples of that batch.
-        sizes: the two batch sizes.
+        last: the same on its last examples: so that every example is once without some other,
+            which may have decided what all of them became (a length to pad to, a maximum).
+        sizes: of the batch and of a part; two parts are no less than the batch.
         blank: nothing depends on the object's tensors.
 
     Raises:
@@ -109,48 +113,56 @@ def observe(name: str, many: Any, few: Any, sizes: tuple[int, int], *, blank: bo
     """
     leaves, spec = pytree.tree_flatten(many)
     leaves_few, spec_few = pytree.tree_flatten(few)
-    if spec != spec_few or len(leaves) != len(leaves_few):
+    leaves_last, spec_last = pytree.tree_flatten(last)
+    if not spec == spec_few == spec_last:
         raise UncacheableError(f"the structure of {name} depends on the data")
     kinds: list[Any] = []
     names: list[str] = []
     dims: list[int | None] = []
-    for i, (leaf, leaf_few) in enumerate(zip(leaves, leaves_few, strict=True)):
+    zipped = zip(leaves, leaves_few, leaves_last, strict=True)
+    for i, (leaf, leaf_few, leaf_last) in enumerate(zipped):
         if not isinstance(leaf, Tensor):
-            kinds.append(_number(name, leaf, leaf_few, sizes))
+            kinds.append(_number(name, leaf, (leaf_few, leaf_last), sizes))
         elif blank:
-            shape = zip(leaf.shape, leaf_few.shape, strict=True)
-            sizes_of = tuple(_number(name, a, b, sizes) for a, b in shape)
+            shape = zip(leaf.shape, leaf_few.shape, leaf_last.shape, strict=True)
+            sizes_of = tuple(_number(name, size, parts, sizes) for size, *parts in shape)
             kinds.append(_Blank(sizes_of, leaf.dtype, leaf.device))
         else:
             kinds.append(_TENSOR)
             names.append(name if leaf is many else f"{name}.{i}")
-            dims.append(_batch_dim(names[-1], leaf, leaf_few, sizes))
+            dims.append(_batch_dim(names[-1], leaf, leaf_few, leaf_last, sizes))
     plain = isinstance(many, Tensor) and not blank
     return Packing(tuple(names), tuple(dims), None if plain else spec, tuple(kinds))
 
 
-def _number(name: str, many: Any, few: Any, sizes: tuple[int, int]) -> Any:
-    if type(many) is type(few) and many == few:
+def _number(name: str, many: Any, parts: Sequence[Any], sizes: tuple[int, int]) -> Any:
+    if all(type(many) is type(part) and many == part for part in parts):
         return many
-    if type(many) is int and type(few) is int and many * sizes[1] == few * sizes[0]:
+    if type(many) is int and all(
+        type(part) is int and many * sizes[1] == part * sizes[0] for part in parts
+    ):
         factor, rest = divmod(many, sizes[0])
         if not rest:
             return _Multiple(factor)
     raise UncacheableError(f"{name} is no tensor and depends on the data")
 
 
-def _batch_dim(name: str, many: Tensor, few: Tensor, sizes: tuple[int, int]) -> int | None:
+def _batch_dim(
+    name: str, many: Tensor, few: Tensor, last: Tensor, sizes: tuple[int, int]
+) -> int | None:
     if many.is_nested or many.dim() != few.dim():
         raise UncacheableError(f"the shape of {name} depends on the data")
     differ = [dim for dim in range(many.dim()) if many.shape[dim] != few.shape[dim]]
     if not differ:
-        if not agree(many, few):
+        if not (agree(many, few) and agree(many, last)):
             raise UncacheableError(f"{name} mixes the examples of a batch")
         return None
     dim = differ[0]
     if len(differ) > 1 or (many.shape[dim], few.shape[dim]) != sizes:
         raise UncacheableError(f"{name} has no batch dimension of its own")
-    if not agree(many.narrow(dim, 0, sizes[1]), few):
+    n, n_few = sizes
+    first, rest = many.narrow(dim, 0, n_few), many.narrow(dim, n - n_few, n_few)
+    if not (agree(first, few) and agree(rest, last)):
         raise UncacheableError(f"{name} mixes the examples of a batch")
     return dim
 

@@ -97,7 +97,11 @@ class FlopModel:
                 weights = _train_only(self._model, self._split, levels)
                 with torch.enable_grad(), FlopCounterMode(display=False) as counter:
                     loss = self._loss(self.plan.output(values, start), self._targets)
-                    torch.autograd.grad(loss, weights, allow_unused=True)
+                    # not autograd.grad: the counter cannot be inside it where a module's input is
+                    # a parameter
+                    loss.backward(inputs=weights)
+                for weight in weights:
+                    weight.grad = None
             self._train[levels] = counter.get_total_flops() / _BATCH
         return self._train[levels]
 

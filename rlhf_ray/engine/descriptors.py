@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.engine.alignment import OutputMoments
 from rlhf_ray.engine.recurrent import differentiable_recurrence
+from rlhf_ray.engine.replay import gives_zeros
 from rlhf_ray.levels import LevelSplit
 
 Moments = list[tuple[Tensor, Tensor]]
@@ -73,6 +74,8 @@ def level_moments(model: nn.Module, split: LevelSplit) -> Iterator[Callable[[], 
 
     def watch(level: int) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, outputs: object) -> None:
+            if gives_zeros(module):
+                return
             value = outputs[0] if isinstance(outputs, tuple) else outputs
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
                 flat = (value.movedim(1, -1) if value.dim() == 4 else value).detach().float()

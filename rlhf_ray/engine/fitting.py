@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Linear | None:
     """The linear layer of the last level whose output is the model's; None if there is none.
 
+    One with frozen parameters, or with parameters that serve elsewhere too, does not count.
+
     Args:
         model: in eval mode.
         split: its levels.
@@ -29,10 +32,16 @@ def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Lin
         outputs.append((layer, output))
 
     mine = set(split.parameters[-1])
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+
+    def own(name: str, layer: nn.Linear) -> bool:
+        parameters = layer.named_parameters(prefix=name)
+        return all(full in mine and uses[id(p)] == 1 for full, p in parameters)
+
     handles = [
         module.register_forward_hook(note)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" in mine
+        if isinstance(module, nn.Linear) and own(name, module)
     ]
     try:
         with torch.no_grad():
@@ -44,7 +53,7 @@ def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Lin
 
 
 def layer_inputs(layer: nn.Linear, run: Callable[[], object]) -> Tensor:
-    """What flows into a layer while `run` runs the model, float32 (N, ..., n_in)."""
+    """What flows into a layer while `run` runs the model, (N, ..., n_in) of its weight's dtype."""
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].detach()))
     try:
@@ -52,7 +61,7 @@ def layer_inputs(layer: nn.Linear, run: Callable[[], object]) -> Tensor:
             run()
     finally:
         handle.remove()
-    return torch.cat(seen).float()
+    return torch.cat(seen).to(layer.weight.dtype)
 
 
 def output_loss(
@@ -101,7 +110,7 @@ def fit_output(
 
     Args:
         layer: changed in place; afterwards its parameters take no gradients.
-        features: the layer's inputs (N, ..., n_in), float32.
+        features: the layer's inputs (N, ..., n_in), of its weight's dtype.
         targets: (N, ...).
         loss: (outputs, targets) -> scalar.
         proximal: pull towards the weights that the layer has, see `output_loss`.

@@ -105,7 +105,9 @@ class LoadedModel:
         self.device = settings.torch_device
         self.split = split_levels(suite.model, suite.levels)
         self.model = copy.deepcopy(suite.model).to(self.device).eval().requires_grad_(False)
-        example = map_inputs(lambda value: value[:4], suite.train_tasks[0].train[0])
+        x = suite.train_tasks[0].train[0]
+        spread = torch.linspace(0, n_examples(x) - 1, 4).long()  # not all of one class, say
+        example = map_inputs(lambda value: value[spread.to(value.device)], x)
         self._channels_last = settings.channels_last and self._takes_channels_last(example)
         self.parameters = dict(self.model.named_parameters())
         self.state = dict(self.model.state_dict(keep_vars=True))
@@ -120,7 +122,8 @@ class LoadedModel:
             val_size=settings.val_size,
             max_bytes=settings.cache_bytes,
         )
-        self._example_bytes = self._measure(example)
+        values = self.plan.start(example)
+        self._example_bytes = {_shapes(values): self._measure(values, n_examples(example))}
         self.output_layer = output_layer(self.model, self.split, example)
 
     def _takes_channels_last(self, example: Inputs) -> bool:
@@ -185,7 +188,12 @@ class LoadedModel:
 
     def data(self, task: Task, split: str) -> SplitData:
         """One split of a task on the device; of val the examples that decisions use."""
-        return self._splits.get(task, split)
+        data = self._splits.get(task, split)
+        if (shapes := _shapes(data.values)) not in self._example_bytes:
+            few = torch.arange(min(data.n, 4), device=self.device)
+            values = self.plan.take(data.values, few, 0)
+            self._example_bytes[shapes] = self._measure(values, len(few))
+        return data
 
     def chunks(self, values: Values, n: int, boundary: int) -> Iterator[Values]:
         """A split's values whole, or beyond `CHUNK` examples in pieces."""
@@ -209,10 +217,14 @@ class LoadedModel:
             output = self.plan.output(values, start)
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
-    def _measure(self, example: Inputs) -> list[float]:
-        """Bytes of one example's values at every usable boundary; infinite at the others."""
-        n, found = n_examples(example), [0.0]
-        at, values = 0, self.plan.start(example)
+    def _measure(self, values: Values, n: int) -> list[float]:
+        """Bytes of one example's values at every usable boundary; infinite at the others.
+
+        Args:
+            values: inputs of some examples.
+            n: how many they are.
+        """
+        at, found = 0, [0.0]
         for b in range(1, self.split.n_levels):
             if self.plan.usable[b]:
                 with torch.no_grad(), self.autocast():
@@ -260,7 +272,7 @@ class LoadedModel:
         data = self.data(task, "train")
         if boundary == 0:
             return lambda index: self.plan.take(data.values, index, 0)
-        if data.n <= n_drawn and self._fits(boundary, data.n):
+        if data.n <= n_drawn and self._fits(boundary, data):
             at, values = self._kept(task, data, versions, boundary)
             if at < boundary:
                 for _ in self._advance(task, data, versions, (at, values), boundary):
@@ -305,7 +317,7 @@ class LoadedModel:
         """
         first, values = start
         passed = [b for b in range(first + 1, stop + 1) if self.plan.usable[b]]
-        parts: dict[int, list[Values]] = {b: [] for b in passed if keep and self._fits(b, data.n)}
+        parts: dict[int, list[Values]] = {b: [] for b in passed if keep and self._fits(b, data)}
         for chunk in self.chunks(values, data.n, first):
             at = first
             for b in passed:
@@ -318,5 +330,17 @@ class LoadedModel:
             joined = chunks[0] if len(chunks) == 1 else self.plan.join(chunks, b)
             self._activations.put((task.digest, data.name, b, versions[:b]), joined)
 
-    def _fits(self, boundary: int, n: int) -> bool:
-        return n * self._example_bytes[boundary] <= self.settings.cache_bytes
+    def forget(self, version: str, above: int) -> None:
+        """Drops kept activations of boundaries higher than `above` that depend on a version."""
+        self._activations.forget(version, above)
+
+    def _fits(self, boundary: int, data: SplitData) -> bool:
+        return (
+            data.n * self._example_bytes[_shapes(data.values)][boundary]
+            <= self.settings.cache_bytes
+        )
+
+
+def _shapes(values: Values) -> tuple[torch.Size, ...]:
+    """Of one example's inputs."""
+    return tuple(value.shape[1:] for value in values.values())

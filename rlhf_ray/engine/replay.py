@@ -4,7 +4,7 @@ From boundary b the whole model runs with the modules of the levels below b repl
 gave. Code between them runs again each time; it is cheap beside the levels or should be in one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -70,24 +70,30 @@ class Replay:
         """From the objects of one boundary to those of another, or (stop = L) to the output."""
         inputs = list(things[: self._n_inputs])
         record = dict(zip(self._below(start), things[self._n_inputs :], strict=True))
+        blank = self._unused.get(start, set())
         if stop == self.n_levels:
-            return self._replay(inputs, record, [], None)
+            return self._replay(inputs, record, [], None, blank)
         wanted = [i for i in self._below(stop) if i not in record]
         last = max(self._below(stop), key=self._calls.index)
-        self._replay(inputs, record, wanted, last)
+        self._replay(inputs, record, wanted, last, blank)
         return inputs + [record[i] for i in self._below(stop)]
 
     def _below(self, boundary: int) -> list[int]:
         return [i for i in sorted(set(self._calls)) if self._levels[i] < boundary]
 
     def _replay(
-        self, inputs: list[Any], record: dict[int, Any], wanted: Sequence[int], last: int | None
+        self,
+        inputs: list[Any],
+        record: dict[int, Any],
+        wanted: Sequence[int],
+        last: int | None,
+        blank: Container[int] = (),
     ) -> Any:
         """Runs the model; modules in `record` answer from it, those `wanted` are added to it."""
         before = {i: vars(self._modules[i]).get("forward") for i in (*record, *wanted)}
         try:
             for i in tuple(record):
-                vars(self._modules[i])["forward"] = self._answer(i, record[i])
+                vars(self._modules[i])["forward"] = self._answer(i, record[i], i in blank)
             for i in wanted:
                 vars(self._modules[i])["forward"] = self._recorder(i, record, i == last)
             return self._call(inputs)
@@ -100,7 +106,7 @@ class Replay:
                 else:
                     vars(self._modules[i])["forward"] = own
 
-    def _answer(self, i: int, thing: Any) -> Callable[..., Any]:
+    def _answer(self, i: int, thing: Any, blank: bool) -> Callable[..., Any]:
         left = [thing]
 
         def forward(*_: Any, **__: Any) -> Any:
@@ -109,6 +115,7 @@ class Replay:
                                  "cached, got a second call.")  # fmt: skip
             return left.pop()
 
+        vars(forward)["blank"] = blank
         return forward
 
     def _recorder(self, i: int, record: dict[int, Any], stops: bool) -> Callable[..., Any]:
@@ -191,6 +198,11 @@ class Replay:
             i for i in below
             if all(t.requires_grad for t in leaves[i]) and not _depend(roots, leaves[i])
         }  # fmt: skip
+
+
+def gives_zeros(module: nn.Module) -> bool:
+    """Whether a module, at the moment, gives zeros instead of what nothing depends on."""
+    return getattr(vars(module).get("forward"), "blank", False)
 
 
 def _called(model: nn.Module, name: str) -> list[str]:

@@ -226,7 +226,8 @@ def _plain_plan(model: nn.Module, split: LevelSplit, many: Inputs, call: Call) -
 
 def _input_packing(name: str) -> Packing:
     # any tensors whose first dimension is the batch teach it what an input is
-    return observe(name, torch.arange(_MANY), torch.arange(_FEW), (_MANY, _FEW), blank=False)
+    many = torch.arange(_MANY)
+    return observe(name, many, many[:_FEW], many[-_FEW:], (_MANY, _FEW), blank=False)
 
 
 def _checked_plan(
@@ -263,12 +264,15 @@ def _with_boundary(
         with plan._context():
             return mechanism.run(values, 0, boundary)
 
-    things, things_few = run(many), run(map_inputs(lambda value: value[:_FEW], many))
+    things = run(many)
+    few, last = (
+        run(map_inputs(lambda value: value[part], many))  # noqa: B023 called at once
+        for part in (slice(0, _FEW), slice(_MANY - _FEW, _MANY))
+    )
+    objects = zip(mechanism.objects(boundary), things, few, last, strict=True)
     packings = tuple(
-        observe(name, thing, thing_few, (_MANY, _FEW), blank=blank)
-        for (name, blank), thing, thing_few in zip(
-            mechanism.objects(boundary), things, things_few, strict=True
-        )
+        observe(name, one, one_few, one_last, (_MANY, _FEW), blank=blank)
+        for (name, blank), one, one_few, one_last in objects
     )
     names = [name for packing in packings for name in packing.names]
     if len(set(names)) != len(names):

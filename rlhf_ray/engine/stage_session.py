@@ -1,16 +1,16 @@
 """One stage from the inside: what an operation works with (`operations.StageSession`)."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.digests import derive_seed
 from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weighted_modules
 from rlhf_ray.engine.fitting import fit_output, layer_inputs
 from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
+from rlhf_ray.engine.segments import Values
 from rlhf_ray.engine.training import (
     batch_order,
     load_optimizer_state,
@@ -29,7 +29,6 @@ class Session:
 
     Attributes:
         charged: FLOPs of the operation's own.
-        changed: those of its levels that are not what they were before.
     """
 
     def __init__(
@@ -40,16 +39,19 @@ class Session:
         parent: Outcome,
         load: Load,
         key: str,
+        seed: int,
         source: OutputMoments,
     ) -> None:
         self.levels = levels
         self.task = task
         self.charged = 0.0
-        self.changed = levels
+        self._touched: set[int] = set()
+        self._lent = False
         self._key = key
-        self._seed = derive_seed("stage", key)
-        self.generator = torch.Generator().manual_seed(self._seed)
+        self._seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
         self._loaded = loaded
+        loaded.forget(key, above=0)  # of the same stage carried out before: this one is on its way
         self._parent = parent
         self._load = load
         self._source = source
@@ -57,11 +59,34 @@ class Session:
         self._kept: dict[str, Tensor] = {}
         self._kept_name = ""
 
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """Those of its levels that are not what they were before, as far as is known."""
+        return tuple(level for level in self.levels if level in self._touched)
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the session's levels by full name."""
+        """The parameters of the session's levels by full name; whoever asks may change them."""
+        self._lent = True
+        self._touch(self.levels)
+        return self._parameters()
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
         names = [n for level in self.levels for n in self._loaded.split.parameters[level]]
         found = self._loaded.parameters
         return {name: found[name] for name in names if name in found}
+
+    def _touch(self, levels: Iterable[int]) -> None:
+        """Notes that levels change: what this stage kept of those above them is of the past."""
+        levels = tuple(levels)
+        self._touched.update(levels)
+        if levels:
+            self._loaded.forget(self._key, above=min(levels))
+
+    def _train_source(self, boundary: int, n_drawn: int) -> Callable[[Tensor], Values]:
+        """Index -> activations of those train examples, as the levels below are by now."""
+        if self._lent:  # what is lent may have changed since
+            self._loaded.forget(self._key, above=0)
+        return self._loaded.train_source(self.task, self.versions(), boundary, n_drawn)
 
     def charge(self, flops: float) -> None:
         """Adds work of the operation's own to the account."""
@@ -72,10 +97,9 @@ class Session:
         loaded = self._loaded
         data = loaded.data(self.task, "train")
         boundary = loaded.plan.nearest(min(self.levels))
-        take = loaded.train_source(
-            self.task, self._parent.versions, boundary, settings.examples_drawn(data.n)
-        )
-        parameters = self.parameters()
+        take = self._train_source(boundary, settings.examples_drawn(data.n))
+        self._touch(self.levels)
+        parameters = self._parameters()
 
         def forward(index: Tensor) -> Tensor:
             return loaded.output(take(index), boundary)
@@ -112,7 +136,7 @@ class Session:
         data = loaded.data(self.task, "train")
         start = loaded.plan.nearest(min(levels))
         n = settings.examples_drawn(data.n)
-        take = loaded.train_source(self.task, self._parent.versions, start, n)
+        take = self._train_source(start, n)
         drawn = torch.randperm(data.n, generator=self.generator)[:n].to(loaded.device)
         with torch.no_grad():
             values = take(drawn)
@@ -123,8 +147,7 @@ class Session:
             data.targets[drawn],
             margin=settings.margin,
         )
-        left = {level for level, done in zip(levels, aligned, strict=True) if not done}
-        self.changed = tuple(level for level in self.changed if level not in left)
+        self._touch(level for level, done in zip(levels, aligned, strict=True) if done)
 
     def fit(self, settings: Fit) -> None:
         """Fits the output layer to the task's train split."""
@@ -134,9 +157,10 @@ class Session:
         if layer is None:
             raise InputError(f"{settings.name} must have {NEEDS['output layer']}.")
         start, _ = span(loaded.plan.usable, (last,))
-        take = loaded.train_source(self.task, self.versions(), start, data.n)
+        take = self._train_source(start, data.n)
         chunks = torch.arange(data.n, device=loaded.device).split(CHUNK)
         features = layer_inputs(layer, lambda: [loaded.output(take(i), start) for i in chunks])
+        self._touch((last,))
         self._losses.append(
             fit_output(
                 layer,
@@ -157,6 +181,8 @@ class Session:
             if devices:
                 torch.cuda.manual_seed(self._seed)
             operation.run(self)
+        if self._lent:
+            self._loaded.forget(self._key, above=0)
 
     def versions(self) -> tuple[str, ...]:
         """Of the state that the stage leads to."""
@@ -167,7 +193,7 @@ class Session:
 
     def healthy(self) -> bool:
         """Whether losses and weights are finite."""
-        values = [*self._losses, *(p.detach() for p in self.parameters().values())]
+        values = [*self._losses, *(p.detach() for p in self._parameters().values())]
         # one answer for all: each that is read holds a GPU up
         return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
 

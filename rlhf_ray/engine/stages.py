@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_ray.digests import derive_seed
+from rlhf_ray.digests import derive_seed, tensor_digest
 from rlhf_ray.engine.alignment import output_moments, weighted_modules
 from rlhf_ray.engine.costs import FlopModel, StageFlops, stage_flops, start_flops
 from rlhf_ray.engine.descriptors import (
@@ -28,6 +28,7 @@ from rlhf_ray.engine.loaded_model import EngineSettings, Load, LoadedModel
 from rlhf_ray.engine.prices import StagePrices, flop_table
 from rlhf_ray.engine.segments import SegmentPlan
 from rlhf_ray.engine.stage_session import Session
+from rlhf_ray.errors import InputError
 from rlhf_ray.levels import model_digest, split_levels
 from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import (
@@ -49,6 +50,7 @@ def suite_identity(suite: Suite, settings: EngineSettings) -> Identity:
         tasks={task.name: task.digest for task in suite.tasks()},
         precision=settings.precision,
         val_size=settings.val_size,
+        source="" if suite.source is None else tensor_digest(input_tensors(suite.source)),
     )
 
 
@@ -84,7 +86,11 @@ class Engine:
     # -- what is asked of an engine ------------------------------------------------------------
 
     def start(self, request: StageRequest) -> Outcome:
-        """The pretrained model on a task: figures on val, and the probes of the observation."""
+        """The pretrained model on a task: figures on val, and the probes of the observation.
+
+        Raises:
+            InputError: a figure is NaN or infinite: nothing could be gained on it.
+        """
         began = time.perf_counter()
         task = self._suite.task(request.task)
         pretrained = (PRETRAINED,) * self.n_levels
@@ -93,6 +99,11 @@ class Engine:
         with level_moments(self._loaded.model, self._loaded.split) as moments:
             outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
         metric, loss, entropy = self._figures(task, outputs, val.targets)
+        if not all(map(math.isfinite, (metric, loss, entropy))):
+            raise InputError(
+                f"task {task.name!r}: the pretrained model's figures on val must be finite, got "
+                f"metric={metric}, loss={loss}."
+            )
         source = self.source_moments()
         gradient, probe_loss = self._gradient_probe(task)
         return Outcome(
@@ -138,6 +149,7 @@ class Engine:
             parent,
             load,
             key,
+            derive_seed("stage", self.identity.drawn_by(request)),
             source.outputs if source else {},
         )
         self._loaded.mark(step.levels, None)  # dirty until the stage has ended well
@@ -278,7 +290,9 @@ class Engine:
         entropy = 0.0
         if outputs.dim() >= 2 and outputs.shape[1] > 1 and not targets.is_floating_point():
             log_p = F.log_softmax(outputs, dim=1)
-            mean = float(-(log_p.exp() * log_p).sum(1).mean())
+            # classes that are masked out (-inf) count for nothing
+            parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
+            mean = float(-parts.sum(1).mean())
             entropy = mean / math.log(outputs.shape[1])
         # metrics may be written with NumPy
         return float(task.metric.function(outputs.cpu(), targets.cpu())), loss, entropy

@@ -148,7 +148,8 @@ class Dispatcher:
         future = asyncio.get_running_loop().create_future()
         job = Job(key=key, request=request, episode=episode, answered=future)
         if len(request.path) > 1 or request.kind == "test":
-            job.pinned = self._homes.get(episode)
+            home = self._homes.get(episode)
+            job.pinned = None if home is None or home.state == "gone" else home
         self.waiting.append(job)
         self._schedule()
         return await future

@@ -32,7 +32,8 @@ _MARKS = "marks"
 class StateCache:
     """Level states in memory, least recently used out first beyond a limit.
 
-    States are kept by (space, version, level); a space is one unshared episode's, or "".
+    What a stage has just left stays whatever its size: the next one starts there. States are kept
+    by (space, version, level); a space is one unshared episode's, or "".
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -53,7 +54,7 @@ class StateCache:
             self._drop((space, version, level))
             self._states[space, version, level] = state
             self._bytes += state.n_bytes()
-        while self._bytes > self._max_bytes:
+        while self._bytes > self._max_bytes and len(self._states) > len(states):
             self._drop(next(iter(self._states)))
 
     def keep(self, space: str, versions: Container[str]) -> None:

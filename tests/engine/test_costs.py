@@ -279,3 +279,31 @@ def test_ledger_never_exceeds_the_plain_loop(
     assert cost.fill + cost.train <= drawn[-1] * plain_step * (1 + 1e-12)
     assert 0 < cost.evaluate <= n_val * flops.forward(0, 4)
     assert cost.total == cost.fill + cost.train + cost.evaluate
+
+
+class Query(nn.Module):
+    """Calls a module with a parameter, and has a weight that is computed from others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+        self.norm, self.query = nn.LayerNorm(4), nn.Parameter(torch.ones(4))
+        self.b = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + self.norm(self.query))
+
+
+def test_models_that_call_modules_with_parameters_can_be_counted() -> None:
+    case = Case(
+        model=Query,
+        levels={"a": ["a"], "b": ["b"]},
+        inputs=lambda n: torch.randn(n, 6),
+        targets=lambda n: torch.arange(n) % 3,
+        mechanism="fx",
+    )
+    flops, _, _ = _flops(case)
+    both, head = 2 * (6 * 4 + 4 * 3), 2 * 4 * 3
+    assert flops.train_step((1,)) == 2 * head
+    assert flops.train_step((0, 1)) == 2 * both + head  # no gradient of the inputs
+    assert all(parameter.grad is None for parameter in flops._model.parameters())

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_ray.engine.descriptors import activation_shift, gradient_norms, level_moments
+from rlhf_ray.engine.segments import plan_segments
 from rlhf_ray.levels import split_levels
 
 
@@ -67,3 +68,30 @@ def test_level_that_was_not_seen_has_no_shift() -> None:
     other = (torch.zeros(3), torch.ones(3))
     found = activation_shift([empty, (torch.ones(2), torch.ones(2))], [other, other])
     assert found == {"mean_shift": (0.0, 0.0), "variance_shift": (0.0, 0.0)}
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            x = x * 0
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def test_zeros_that_stand_for_what_nothing_depends_on_do_not_count() -> None:
+    torch.manual_seed(0)
+    model, x = Untraceable().eval(), torch.randn(8, 4) + 1
+    split = split_levels(model, {"a": ["a"], "b": ["b"], "c": ["c"]})
+    plan = plan_segments(model, split, x)
+    assert (plan.mechanism, plan.usable) == ("replay", (True, True, True))
+    with torch.no_grad():
+        with level_moments(model, split) as whole:
+            model(x)
+        with level_moments(model, split) as cut:
+            values = plan.forward(plan.start(x), 0, 1)
+            plan.output(plan.forward(values, 1, 2), 2)
+    for found, expected in zip(cut(), whole(), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -67,6 +67,16 @@ def test_output_layer_is_the_linear_one_whose_output_is_the_models(name: str, fo
         assert features.shape[-1] == layer.in_features
 
 
+def test_a_layer_that_is_not_the_levels_own_to_change_is_not_fitted() -> None:
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    frozen[1].bias.requires_grad_(False)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[2].weight = tied[1].weight  # its inputs change with it
+    for model, head in ((frozen, ["1"]), (tied, ["1", "2"])):
+        split = split_levels(model, {"body": ["0"], "head": head})
+        assert output_layer(model, split, torch.randn(2, 4)) is None
+
+
 def test_a_strong_pull_keeps_the_layer_where_it_was() -> None:
     layer, features, targets = _probe()
     before = layer.weight.detach().clone()

@@ -189,6 +189,39 @@ def test_mixing_between_levels_is_replayed_on_the_batch_at_hand() -> None:
     torch.testing.assert_close(plan.output(values, 1), model(inputs[index]))
 
 
+class ByTheLargest(nn.Module):
+    """What one example becomes depends on the largest of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x / x.abs().amax()))
+
+
+class Trimmed(nn.Module):
+    """Cuts a batch to the length of its longest sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x[:, : int((x != 0).sum(1).max())]).mean(1))
+
+
+@pytest.mark.parametrize("decisive", range(4))
+def test_one_example_that_decides_for_its_batch_is_found_wherever_it_is(decisive: int) -> None:
+    x, tokens = torch.rand(4, 6), torch.randint(1, 9, (4, 12))
+    x[decisive] *= 4
+    for i, length in enumerate((3, 4, 5, 6)):
+        tokens[i, 9 if i == decisive else length :] = 0
+    for model, inputs in ((ByTheLargest(), x), (Trimmed(), tokens)):
+        plan = plan_segments(model, split_levels(model, {"a": ["a"], "b": ["b"]}), inputs)
+        assert plan.usable == (True, False), plan.reason
+
+
 class Tied(Looping):
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.a(x) @ (self.a.weight * 2))

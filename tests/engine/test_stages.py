@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ from rlhf_ray.digests import derive_seed
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.training import batch_order
-from rlhf_ray.errors import InputError
-from rlhf_ray.operations import Operation, StageSession, Train
+from rlhf_ray.errors import FailedStageError, InputError
+from rlhf_ray.operations import Operation, Refit, StageSession, Train
 from rlhf_ray.outcomes import PRETRAINED, StagePath, StageRequest, StageStep
-from rlhf_ray.tasks import Suite, Task, call_model, map_inputs
+from rlhf_ray.tasks import Metric, Suite, Task, call_model, map_inputs
 from rlhf_ray.tree.stage_tree import LocalStages
 
 N_TRAIN, N_VAL, N_TEST = 20, 12, 8
@@ -236,6 +237,107 @@ def test_run_users_own_operation_changes_weights_and_is_charged() -> None:
     assert stages.outcome(request).outcome.flops["train"] == 7.0
     key = suite.levels["dense"][0] + ".weight"
     torch.testing.assert_close(stages.state_dict(request)[key], suite.model.state_dict()[key] / 2)
+
+
+def mlp_suite(model: nn.Module, x: torch.Tensor, *more: tuple[str, torch.Tensor]) -> Suite:
+    """Levels a, b and c of a model, a task on x, and tasks on other inputs; x is the source."""
+    pairs = {name: (data, torch.arange(len(data)) % 3) for name, data in (("task", x), *more)}
+    return Suite(
+        name="mlp",
+        model=model,
+        levels={"a": ["a"], "b": ["b"], "c": ["c"]},
+        train_tasks=[Task(name=n, train=d, val=d, test=d) for n, d in pairs.items()],
+        val_tasks=[],
+        test_tasks=[],
+        source=x,
+    )
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).tanh()).tanh())
+
+
+class Masked(Mlp):
+    """Has a class that never is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.tensor([False, False, False, True])
+        return super().forward(x).masked_fill(mask, float("-inf"))
+
+
+class Pooled(Mlp):
+    """Takes the mean over positions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).tanh()).mean(1))
+
+
+def test_classes_that_are_masked_out_do_not_make_a_stage_diverge() -> None:
+    suite = mlp_suite(Masked(), torch.randn(24, 4))
+    outcome = LocalStages(Engine(suite, SETTINGS)).outcome(
+        StageRequest(task="task", path=path_of((2,)))
+    ).outcome  # fmt: skip
+    assert not outcome.diverged and 0 < outcome.entropy < 1
+
+
+def test_frozen_parameters_stay_as_they_are() -> None:
+    model = Mlp()
+    model.c.weight.requires_grad_(False)
+    model.b.scale = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    stages = LocalStages(Engine(mlp_suite(model, torch.randn(24, 4)), SETTINGS))
+    state = stages.state_dict(StageRequest(task="task", path=path_of((0, 1, 2))))
+    assert torch.equal(state["c.weight"], model.c.weight)
+    assert not torch.equal(state["c.bias"], model.c.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_other_precision_can_be_tuned_by_every_operation(dtype: torch.dtype) -> None:
+    suite = mlp_suite(Mlp().to(dtype), torch.randn(24, 4, dtype=dtype))
+    stages = LocalStages(Engine(suite, SETTINGS))
+    for operation in (train(), Refit(name="refit", margin=-1.0)):
+        path = path_of((0, 1, 2), operation=operation)
+        outcome = stages.outcome(StageRequest(task="task", path=path)).outcome
+        assert not outcome.diverged
+        state = stages.state_dict(StageRequest(task="task", path=path))
+        assert {value.dtype for value in state.values()} == {dtype}
+
+
+def test_caches_are_measured_for_every_size_of_input() -> None:
+    short, long = torch.randn(40, 4, 4), torch.randn(40, 64, 4)
+    suite = mlp_suite(Pooled(), short, ("long", long))
+    limit = replace(SETTINGS, cache_bytes=40 * 8 * 8 * 4)  # what the short ones need
+    stages = LocalStages(Engine(suite, limit))
+    for task in ("task", "long"):
+        stages.outcome(StageRequest(task=task, path=path_of((2,), operation=train(steps=None))))
+
+
+def test_a_start_without_figures_is_refused() -> None:
+    def undefined(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        return math.nan
+
+    suite = mlp_suite(Mlp(), torch.randn(24, 4))
+    object.__setattr__(suite.train_tasks[0], "metric", Metric(name="f1", function=undefined))
+    with pytest.raises(FailedStageError, match="figures on val must be finite, got metric=nan"):
+        LocalStages(Engine(suite, SETTINGS)).outcome(StageRequest(task="task"))
+
+
+def test_other_source_data_are_other_starts_and_alignments_with_the_same_draws() -> None:
+    x = torch.randn(24, 4)
+    first, second = (mlp_suite(Mlp(), x) for _ in range(2))
+    second.model.load_state_dict(first.model.state_dict())
+    object.__setattr__(second, "source", x + 1)
+    one, other = (Engine(suite, SETTINGS).identity for suite in (first, second))
+    refit = path_of((0, 1, 2), operation=Refit(name="refit"))
+    for path, same in (((), False), (refit, False), ((*refit, *path_of((1,))), False),
+                       (path_of((1,)), True)):  # fmt: skip
+        request = StageRequest(task="task", path=path)
+        assert (one.key(request) == other.key(request)) == same
+        assert one.drawn_by(request) == other.drawn_by(request)
 
 
 def test_settings_bf16_without_cuda_is_refused() -> None:

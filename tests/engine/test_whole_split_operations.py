@@ -1,5 +1,7 @@
 """Align and Fit as stages of the engine: their account, their caches, their effect."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import zoo
@@ -10,7 +12,15 @@ from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.support import supported, what_there_is
 from rlhf_ray.errors import InputError
-from rlhf_ray.operations import Align, Fit, Operation, Refit, Train, default_operations
+from rlhf_ray.operations import (
+    Align,
+    Fit,
+    Operation,
+    Refit,
+    StageSession,
+    Train,
+    default_operations,
+)
 from rlhf_ray.outcomes import StagePath, StageRequest, StageStep
 from rlhf_ray.tree.stage_tree import LocalStages
 
@@ -142,3 +152,68 @@ def test_a_refit_evaluates_from_the_lowest_level_that_it_changed() -> None:
         stages.identity.key(StageRequest(task="task", path=path[:1])),
         stages.identity.key(StageRequest(task="task", path=path)),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InParts(Operation):
+    """Works on all levels, in parts that undo what was kept by the parts before."""
+
+    def levels(self, level: int, n_levels: int) -> tuple[int, ...]:
+        return tuple(range(n_levels))
+
+    def examples_drawn(self, n_train: int) -> int:
+        return n_train
+
+
+class AlignEach(InParts):
+    """Every level but the last by itself."""
+
+    def run(self, session: StageSession) -> None:
+        for level in session.levels[:-1]:
+            session.align(Align(name="one", examples=20, margin=-1), (level,))
+
+
+class FitThenTrain(InParts):
+    """LP-FT as one stage."""
+
+    def run(self, session: StageSession) -> None:
+        session.fit(FIT)
+        session.train(TRAIN)
+
+
+class AlignTimidlyThenTrain(InParts):
+    """What is taken back is trained all the same."""
+
+    def run(self, session: StageSession) -> None:
+        session.align(Align(name="timid", examples=20, margin=0.99), session.levels[:-1])
+        session.train(TRAIN)
+
+
+class HalveThenFit(InParts):
+    """Changes parameters by hand, again and again."""
+
+    def run(self, session: StageSession) -> None:
+        parameters = session.parameters()
+        for _ in range(2):
+            session.fit(FIT)
+            with torch.no_grad():
+                for parameter in parameters.values():
+                    parameter.mul_(0.9)
+        session.fit(FIT)
+
+
+@pytest.mark.parametrize("kind", [AlignEach, FitThenTrain, AlignTimidlyThenTrain, HalveThenFit])
+def test_operations_in_parts_leave_no_stale_activations(kind: type[InParts]) -> None:
+    suite = suite_of(zoo.CASES["cnn4"])
+    stages = LocalStages(Engine(suite, SETTINGS))
+    uncached = LocalStages(Engine(suite, replace(SETTINGS, cache_bytes=0)))
+    composed = step(kind(name="composed"), 0, 4)
+    one_epoch = Train(name="train", learning_rate=1e-2, steps=None, batch_size=8)
+    above = tuple(StageStep(operation=one_epoch, levels=(level,)) for level in (3, 2))
+    for path in ((composed, *above), above):  # the second: what others have to do with it
+        request = StageRequest(task="task", path=path)
+        outcome, exact = (s.outcome(request).outcome for s in (stages, uncached))
+        assert outcome.loss == pytest.approx(exact.loss, rel=1e-4)
+        state, exact_state = (s.state_dict(request) for s in (stages, uncached))
+        for name, value in exact_state.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)

@@ -143,5 +143,8 @@ def test_state_cache_drops_least_recently_used() -> None:
     assert cache.get("", "c", 0) is not None
     cache.keep("", {"c"})
     assert [cache.get("", version, 0) is not None for version in "abc"] == [False, False, True]
-    cache.put("", "big", {0: state(w=torch.ones(1000))})
-    assert cache.get("", "big", 0) is None
+    cache.put("", "big", {level: state(w=torch.ones(1000)) for level in range(2)})
+    assert all(cache.get("", "big", level) is not None for level in range(2))
+    assert cache.get("", "c", 0) is None
+    cache.put("", "a", {0: state(w=torch.ones(100))})
+    assert cache.get("", "big", 0) is None and cache.get("", "a", 0) is not None
