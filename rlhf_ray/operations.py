@@ -166,7 +166,8 @@ class Train(Operation):
         batch_size: examples per step, >= 1.
         optimizer: "adam" or "sgd" (momentum 0.9).
         keep_optimizer_state: go on with the state of the level's last stage, or start it anew.
-        level_scales: factor on the learning rate per trained level, ascending; None: 1 for all.
+        level_scales: factor on the learning rate per trained level, ascending: one for scope
+            "level", L for "all"; None: 1 for all.
         l2_sp: pull towards the pretrained weights, >= 0: l2_sp / 2 times the squared distance is
             added to the loss (L2-SP, Li et al. 2018).
     """

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.digests import digest
 from rlhf_ray.errors import InputError
-from rlhf_ray.operations import Operation, Skip, Stop
+from rlhf_ray.operations import Operation, Skip, Stop, Train
 from rlhf_ray.outcomes import Outcome, StagePath, StageRequest, StageStep
 
 
@@ -70,13 +70,36 @@ class ProcessSettings:
             raise InputError(f"budget must be > 0 full stages, got budget={self.budget}.")
 
 
+def check_operations(operations: Sequence[Operation], n_levels: int) -> None:
+    """Raises InputError unless operations can be those of a process with L levels."""
+    names = [operation.name for operation in operations]
+    if len(set(names)) != len(names):
+        raise InputError(f"operations must have names of their own, got {names}.")
+    if sum(isinstance(operation, Stop) for operation in operations) != 1:
+        raise InputError(f"operations must hold one Stop, got {names}.")
+    for operation in operations:
+        if isinstance(operation, Train) and operation.level_scales is not None:
+            _check_scales(operation, len(operation.level_scales), n_levels)
+
+
+def _check_scales(operation: Train, n_scales: int, n_levels: int) -> None:
+    for level in range(n_levels):
+        n_trained = len(operation.levels(level, n_levels))
+        if operation.applies(level, n_levels) and n_trained != n_scales:
+            raise InputError(
+                f"level_scales must hold one factor per trained level, got {n_scales} for "
+                f"{operation.name!r}, which trains {n_trained} of {n_levels} levels when level "
+                f"{level} acts. Give as many, or a subclass whose applies leaves that level out."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
     """All that is fixed about a decision process.
 
     Attributes:
         levels: L names, input side first.
-        operations: O operations; exactly one `Stop`, at most one `Skip`.
+        operations: O operations; exactly one `Stop`, at most one `Skip` (see `check_operations`).
         reference_flops: FLOPs of a full stage.
         higher_is_better: the metric's direction.
         probed: whether the observation uses the probes of the start, which are then charged.
@@ -93,11 +116,7 @@ class ProcessSpec:
     price: Callable[[str, StagePath], float] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        names = [operation.name for operation in self.operations]
-        if len(set(names)) != len(names):
-            raise InputError(f"operations must have names of their own, got {names}.")
-        if sum(isinstance(operation, Stop) for operation in self.operations) != 1:
-            raise InputError(f"operations must hold one Stop, got {names}.")
+        check_operations(self.operations, self.n_levels)
 
     @property
     def n_levels(self) -> int:

@@ -1,3 +1,4 @@
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -255,3 +256,30 @@ def test_settings_and_operations_out_of_range_are_refused():
         spec_of(2, operations=(train, Skip()))
     with pytest.raises(InputError, match="names of their own"):
         spec_of(2, operations=(train, train, Stop()))
+
+
+@pytest.mark.parametrize(
+    ("scope", "n_scales", "n_levels", "match"),
+    [
+        ("level", 1, 3, None),
+        ("all", 3, 3, None),
+        ("up", 1, 1, None),
+        ("level", 3, 3, "got 3 for 't', which trains 1 of 3 levels when level 0 acts"),
+        ("all", 2, 3, "got 2 for 't', which trains 3 of 3 levels when level 0 acts"),
+        ("up", 3, 3, "got 3 for 't', which trains 2 of 3 levels when level 1 acts"),
+    ],
+)
+def test_scales_must_fit_the_levels_that_are_trained(scope, n_scales, n_levels, match):
+    scaled = Train(name="t", learning_rate=1e-3, scope=scope, level_scales=(0.5,) * n_scales)
+    expected = contextlib.nullcontext() if match is None else pytest.raises(InputError, match=match)
+    with expected:
+        spec_of(n_levels, operations=(scaled, Stop()))
+
+
+def test_scales_need_not_fit_levels_that_an_operation_is_not_open_to():
+    class Lowest(Train):
+        def applies(self, level: int, n_levels: int) -> bool:
+            return level == 0
+
+    lowest = Lowest(name="t", learning_rate=1e-3, scope="up", level_scales=(0.1, 0.5, 1.0))
+    assert spec_of(3, operations=(lowest, Stop())).n_levels == 3

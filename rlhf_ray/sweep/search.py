@@ -18,6 +18,7 @@ from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
 from rlhf_ray.operations import Operation, operation_as_json
 from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.policies.finetuning import process_spec
+from rlhf_ray.process import check_operations
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.provenance import git_revision, library_versions
 from rlhf_ray.ray_session import n_cores, running_ray, stage_workers
@@ -225,6 +226,7 @@ def prepare(
     check_extras(config)
     wanted = [operation.name for operation in operations or ()] or config.only_operations
     chosen, left_out = supported(suite, operations or config.operations(), asked=wanted)
+    check_operations(chosen, len(suite.levels))
     identity = _identity(suite, config, chosen)
     return Ground(
         suite=suite,
