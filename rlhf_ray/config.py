@@ -187,17 +187,21 @@ class SearchConfig:
             object.__setattr__(self, name, tuple(given))
         _check(self)
 
-    def operations(self) -> "tuple[Operation, ...]":
-        """The operations of the search."""
+    def all_operations(self) -> "tuple[Operation, ...]":
+        """The operations that the settings make, whichever of them the search has."""
         from rlhf_ray.operations import default_operations
 
-        found = default_operations(
+        return default_operations(
             steps=self.steps,
             batch_size=self.batch_size,
             optimizer=self.optimizer,
             keep_optimizer_state=self.keep_optimizer_state,
             learning_rates=self.learning_rates,
         )
+
+    def operations(self) -> "tuple[Operation, ...]":
+        """The operations of the search."""
+        found = self.all_operations()
         names = [operation.name for operation in found]
         for name in self.only_operations:
             if name not in names:

@@ -69,6 +69,7 @@ def run_baselines(
         seed=config.seed,
         max_stages=max_stages,
         search_stages=config.search_stages,
+        training=config.all_operations(),
         threads=1,  # one engine, one thread
         progress=progress,
     )

@@ -10,7 +10,7 @@ from rlhf_ray.evaluation.bench import SEARCH_STAGES, Bench, Chosen, CountedStage
 from rlhf_ray.evaluation.choosing import REPLICA
 from rlhf_ray.evaluation.judging import Player, Run, Utility, compare, summary_of
 from rlhf_ray.evaluation.rollouts import THREADS, Stages
-from rlhf_ray.operations import Train
+from rlhf_ray.operations import Operation, Train, default_operations
 from rlhf_ray.process import ProcessSpec
 
 
@@ -41,6 +41,7 @@ def run_baselines(
     seed: int = 0,
     max_stages: int | None = None,
     search_stages: int = SEARCH_STAGES,
+    training: Sequence[Operation] | None = None,
     threads: int = THREADS,
     progress: Callable[[str], None] | None = None,
 ) -> BaselineResults:
@@ -59,6 +60,8 @@ def run_baselines(
         max_stages: distinct stages that `fixed` may use on the train tasks; None: no bound.
         search_stages: distinct stages that `asha` and `tpe` may carry out on a task, >= 1; their
             cost is that of all of them.
+        training: operations that say how baselines train where none of the search's does; None:
+            the package's own.
         threads: fine-tunings in flight at once; 1 for a provider that is not thread-safe.
         progress: called with short lines.
 
@@ -70,7 +73,7 @@ def run_baselines(
         raise InputError("baselines must have train and val tasks to choose on, got "
                          f"{len(train_tasks)} and {len(val_tasks)}.")  # fmt: skip
     tell = progress or (lambda line: None)
-    template, rates = _training_of(spec)
+    template, rates = _training_of(spec.operations, training or default_operations())
     bench = Bench(
         spec=replace(spec, probed=False),
         stages=stages,
@@ -120,13 +123,16 @@ def _on_val(bench: Bench, name: str, player: Player) -> dict[str, float]:
     return summary_of(runs[name])
 
 
-def _training_of(spec: ProcessSpec) -> tuple[Train, tuple[float, ...]]:
-    """How the search trains, and its learning rates with one higher."""
-    found = [operation for operation in spec.operations if isinstance(operation, Train)]
-    if not found:
-        names = [operation.name for operation in spec.operations]
-        raise InputError(f"baselines need an operation that trains, got operations={names}. "
-                         "Add an rlhf_ray.Train.")  # fmt: skip
+def _training_of(
+    operations: Sequence[Operation], otherwise: Sequence[Operation]
+) -> tuple[Train, tuple[float, ...]]:
+    """How the search trains, or else others do, and the learning rates with one higher."""
+    found = _trainings(operations) or _trainings(otherwise)
     rates = sorted({operation.learning_rate for operation in found})
     higher = float(f"{rates[-1] * 10 / 3:.3g}")
-    return found[0], (*rates, higher)
+    # scales would not fit other levels, and a pull is what `l2_sp` is about
+    return replace(found[0], level_scales=None, l2_sp=0.0), (*rates, higher)
+
+
+def _trainings(operations: Sequence[Operation]) -> list[Train]:
+    return [operation for operation in operations if isinstance(operation, Train)]

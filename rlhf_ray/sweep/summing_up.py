@@ -61,6 +61,7 @@ def sum_up(
         seed=config.seed,
         max_stages=searched.distinct,
         search_stages=config.search_stages,
+        training=config.all_operations(),
         progress=progress.message,
     )
     progress.phase("policy on the test tasks", total=len(test_tasks) * len(replicas))

@@ -15,7 +15,7 @@ from rlhf_ray.evaluation.choosing import plan_halving
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.optimum import acting_levels, best_fine_tuning
 from rlhf_ray.evaluation.running import run_baselines
-from rlhf_ray.operations import Skip, Stop, Train, default_operations
+from rlhf_ray.operations import Refit, Skip, Stop, Train, default_operations
 from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.process import (
     ProcessSettings,
@@ -286,9 +286,29 @@ def test_acting_levels_of_all_are_all_levels():
     assert acting_levels(spec, step(1, 2, 3)) == [1]
 
 
-def test_operations_that_do_not_train_are_refused():
-    with pytest.raises(InputError, match="need an operation that trains"):
-        run(SyntheticStages(), spec=spec_of(2, operations=(Skip(), Stop())))
+def trainings(stages):
+    """The settings of all training that was asked for."""
+    found = [s.operation for r in stages.stages_asked() for s in r.path]
+    return [operation for operation in found if isinstance(operation, Train)]
+
+
+def test_baselines_of_a_search_that_does_not_train_do_so_all_the_same():
+    spec = spec_of(2, operations=(Refit(name="refit"), Skip(), Stop()))
+    stages = SyntheticStages()
+    run(stages, spec=spec)
+    assert {t.learning_rate for t in trainings(stages)} == {3e-4, 1e-3, 3e-3, 1e-2}
+    stages, training = SyntheticStages(), (Train(name="t", learning_rate=0.03, steps=7), Stop())
+    run(stages, spec=spec, training=training)
+    assert {(t.learning_rate, t.steps) for t in trainings(stages)} == {(0.03, 7), (0.1, 7)}
+
+
+def test_baselines_take_over_neither_scales_nor_a_pull():
+    own = Train(name="t", learning_rate=1e-2, steps=7, level_scales=(0.1,), l2_sp=0.5)
+    stages = SyntheticStages()
+    run(stages, spec=spec_of(2, operations=(own, Stop())))
+    assert {(t.steps, t.level_scales, t.l2_sp) for t in trainings(stages) if t != own} == {
+        (7, None, 0.0)
+    }
 
 
 def test_missing_tasks_are_refused():

@@ -210,6 +210,13 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     ):
         with pytest.raises(InputError, match=match):
             search(given, replace(asked, **changes))
+    scaled = Train(name="t", learning_rate=1e-3, level_scales=(0.5, 1.0))
+    for operations, match in (
+        ((scaled, Stop()), "level_scales must hold one factor per trained level, got 2"),
+        ((scaled,), "operations must hold one Stop"),
+    ):
+        with pytest.raises(InputError, match=match):
+            search(suite, asked, operations=operations)
     with pytest.raises(InputError, match="max_minutes must be > 0, got max_minutes=0"):
         search(suite, asked, max_minutes=0)
     assert list(tmp_path.iterdir()) == []
@@ -372,6 +379,17 @@ def test_own_operations_one_that_fails_and_a_metric_of_which_less_is_better(
     # the operation that raises is a stage that diverged: counted, said, and never an end
     assert result.summary["stages"]["failed"] > 0
     assert any("RuntimeError: no such luck" in line for line in progress.lines)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_search_without_training_ends_with_baselines_that_train_as_configured(
+    tmp_path: Path,
+) -> None:
+    asked = config(tmp_path, tuning_cost_weight=(0.0,), learning_rates=(0.1, 0.2, 0.5))
+    operations = (Shrink(name="shrink"), Skip(), Stop())
+    result = search(small_suite(), asked, operations=operations)
+    assert result.finished and not result.failures
+    assert result.summary["baseline_settings"]["head"]["learning_rate"] in (0.1, 0.2, 0.5, 1.67)
 
 
 @pytest.mark.usefixtures("ray_session")
