@@ -134,6 +134,8 @@ def _show(terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str)
         f"cost {tuned.cost:.2f} {unit}, {tuned.switches} switches"
         + (f"; searching off this way took {tuned.search_cost:.2f}" if tuned.search_cost else "")
     )
+    for line in tuned.failures:
+        terminal.message(f"a stage failed and counts as diverged: {line}")
     if unit == "full stages":
         terminal.message(
             "A full stage is 20 training steps of 64 examples over the whole model; the cost "
@@ -158,6 +160,7 @@ def _answer(
         "stages": tuned.stages,
         "switches": tuned.switches,
         "trace": [dict(step) for step in tuned.trace],
+        "failures": list(tuned.failures),
         "output": str(output) if output else None,
     }
 

@@ -1,11 +1,14 @@
 """`rr.run_baselines`: the baselines alone, in this process, on a suite of the user's choice."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from rlhf_ray.config import SearchConfig, with_defaults
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.support import supported
+from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Utility
+from rlhf_ray.evaluation.rollouts import TolerantStages
 from rlhf_ray.evaluation.running import BaselineResults
 from rlhf_ray.evaluation.running import run_baselines as run_on
 from rlhf_ray.policies.finetuning import process_spec
@@ -38,16 +41,18 @@ def run_baselines(
         progress: called with short lines.
 
     Returns:
-        Per baseline its runs on the tasks, and the settings that it chose.
+        Per baseline its runs on the tasks, and the settings that it chose; the stages that failed,
+        each of which counts as diverged.
 
     Raises:
-        InputError: no such task or baseline, or no val tasks to choose on.
+        InputError: no such task or baseline, no val tasks to choose on, or metrics of two
+            directions.
+        FailedStageError: a task's start, or a report on its test split, fails.
     """
     config = with_defaults(config or SearchConfig(), suite.defaults)
     chosen = [suite.task(name).name for name in tasks or [t.name for t in suite.test_tasks]]
+    metric = common_metric(suite)
     engine = Engine(suite, config.engine_settings())
-    metric = suite.train_tasks[0].metric
-    assert isinstance(metric, Metric)
     spec = process_spec(
         tuple(suite.levels),
         supported(suite, config.operations(), asked=config.only_operations)[0],
@@ -57,9 +62,10 @@ def run_baselines(
         config.process_settings(),
     )
     store = TreeStore(open_storage(config.storage_path, check=True))
-    return run_on(
+    stages = TolerantStages(LocalStages(engine, store))
+    results = run_on(
         spec,
-        LocalStages(engine, store),
+        stages,
         train_tasks=[task.name for task in suite.train_tasks],
         val_tasks=[task.name for task in suite.val_tasks],
         test_tasks=chosen,
@@ -73,3 +79,16 @@ def run_baselines(
         threads=1,  # one engine, one thread
         progress=progress,
     )
+    if stages.failures and progress is not None:
+        n, first = len(stages.failures), stages.failures[0]
+        progress(f"{n} stages failed and count as diverged; the first: {first}")
+    return replace(results, failures=stages.failures)
+
+
+def common_metric(suite: Suite) -> Metric:
+    """The metric of a suite's first task; raises InputError unless all have its direction."""
+    metrics = [task.metric for task in suite.tasks() if isinstance(task.metric, Metric)]
+    if len({metric.higher_is_better for metric in metrics}) > 1:
+        names = sorted({metric.name for metric in metrics})
+        raise InputError(f"all tasks' metrics must have one direction, got {', '.join(names)}.")
+    return metrics[0]

@@ -28,7 +28,8 @@ from rlhf_ray.process import (
     start_state,
     with_stage,
 )
-from rlhf_ray.tree.tally import Answer
+from rlhf_ray.tree.stage_tree import Stages as TreeStages
+from rlhf_ray.tree.tally import Answer, TalliedStages, Tally
 
 THREADS = 16
 """Episodes that are in flight at once; each waits for one stage at a time."""
@@ -107,6 +108,31 @@ class Tried:
             tried_stages=self.n_stages,
             tried_s=sum(outcome.time_s for outcome in self._known.values()),
         )
+
+
+class TolerantStages:
+    """A provider for which a stage that fails is one that diverged, as in a search.
+
+    Args:
+        stages: who answers; the start and reports on test splits must not fail.
+    """
+
+    def __init__(self, stages: TreeStages) -> None:
+        self._stages = stages
+        self._failures: dict[str, None] = {}
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """A line per stage that failed: which, and why."""
+        return tuple(self._failures)
+
+    def outcome(self, request: StageRequest) -> Answer:
+        """Answers one request (see `TalliedStages.outcome`)."""
+        tally = Tally()
+        answer = TalliedStages(self._stages, tally).outcome(request)
+        if tally.failed:  # what goes on from a failed stage fails with its line
+            self._failures.setdefault(tally.failure)
+        return answer
 
 
 def play(

@@ -22,10 +22,13 @@ class BaselineResults:
         runs: method -> its runs on the test tasks, ordered by task, then replica seed.
         settings: method -> what it chose, `stages`: distinct stages it asked for to choose, and of
             those that choose, `val`: its figures on the val tasks (see `summary_of`), on seed 0.
+        failures: a line per stage that failed, which counts as diverged; in a sweep its tally
+            counts them instead.
     """
 
     runs: Mapping[str, list[Run]]
     settings: Mapping[str, Mapping[str, Any]]
+    failures: tuple[str, ...] = ()
 
 
 def run_baselines(

@@ -11,7 +11,7 @@ from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Run, known, report, run_of
-from rlhf_ray.evaluation.rollouts import Episode, roll_out
+from rlhf_ray.evaluation.rollouts import Episode, TolerantStages, roll_out
 from rlhf_ray.operations import Operation, operation_as_json, operations_from_json
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import Observer
@@ -41,6 +41,7 @@ class FineTuned:
         switches: levels of distance handed over.
         trace: one record per step: level, operation, next level, val metric, cost, ...
         run: the same as one record, as reports hold it.
+        failures: a line per stage that failed: it counts as one that diverged, at no cost.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class FineTuned:
     switches: int
     trace: tuple[Mapping[str, Any], ...]
     run: Run
+    failures: tuple[str, ...] = ()
 
 
 def process_spec(
@@ -110,6 +112,7 @@ def finetune(
     Raises:
         InputError: the policy was made for other levels, operations or features, or the model
             cannot take the task's data; a search with a policy that has no values.
+        FailedStageError: the evaluation of the start, or of a test split, fails.
     """
     for name, value in {"replica": replica, "search_stages": search_stages}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -131,7 +134,8 @@ def finetune(
     )
     spec = process_spec(tuple(levels), chosen, engine, task.metric, observer, settings)
     policy.check(spec.levels, [operation_as_json(o) for o in chosen], observer.names(spec))
-    stages = LocalStages(engine)
+    tree = LocalStages(engine)
+    stages = TolerantStages(tree)
     search_cost = 0.0
     if search_stages:
         episode = guided(policy, spec, observer, stages, search_stages)(task.name, replica)
@@ -149,7 +153,7 @@ def finetune(
     run = run_of(spec, METHOD, episode, test_metric=report(stages, state))
     best = StageRequest(task=task.name, replica=replica, path=state.best_path)
     return FineTuned(
-        model=_tuned(model, stages.state_dict(best)),
+        model=_tuned(model, tree.state_dict(best)),
         start_metric=run.start_metric,
         val_metric=run.val_metric,
         test_metric=known(run.test_metric),
@@ -160,6 +164,7 @@ def finetune(
         switches=run.switches,
         trace=run.steps,
         run=run,
+        failures=stages.failures,
     )
 
 

@@ -13,6 +13,7 @@ from rlhf_ray.engine.support import supported
 from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.baselines import baselines_for
+from rlhf_ray.evaluation.comparing import common_metric
 from rlhf_ray.evaluation.exhaustive import prefill
 from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
 from rlhf_ray.operations import Operation, operation_as_json
@@ -217,10 +218,7 @@ def prepare(
     for role in ("val", "test"):
         if not getattr(suite, f"{role}_tasks"):
             raise InputError(f"a search must have {role} tasks, got none in {suite.name!r}.")
-    metrics = [task.metric for task in suite.tasks() if isinstance(task.metric, Metric)]
-    if len({metric.higher_is_better for metric in metrics}) > 1:
-        names = sorted({metric.name for metric in metrics})
-        raise InputError(f"all tasks' metrics must have one direction, got {', '.join(names)}.")
+    metric = common_metric(suite)
     baselines_for(config.baselines, tuple(suite.levels))
     check_observation(config)
     check_extras(config)
@@ -236,7 +234,7 @@ def prepare(
         trials=plan_trials(config),
         operations=chosen,
         left_out=left_out,
-        metric=metrics[0],
+        metric=metric,
     )
 
 

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,8 @@ from torch import nn
 
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.engine.loaded_model import EngineSettings
-from rlhf_ray.errors import InputError
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.errors import FailedStageError, InputError
 from rlhf_ray.operations import Operation, Skip, StageSession, Stop, operation_as_json
 from rlhf_ray.policies.finetuning import FineTuned, finetune
 from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
@@ -169,6 +171,36 @@ def test_operations_of_ones_own_must_be_given() -> None:
     assert {step["operation"] for step in tuned.trace} <= {"zap", "skip", "stop"}
     with pytest.raises(InputError, match="operations"):
         run(chosen, operations=(Zap(name="other"), Skip(), Stop()))
+
+
+class Broken(Zap):
+    """An operation that fails whenever it is carried out."""
+
+    def run(self, session: StageSession) -> None:
+        raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize("search_stages", [0, 4])
+def test_a_stage_that_fails_counts_as_diverged_and_is_named(search_stages: int) -> None:
+    own = (Zap(name="zap"), Broken(name="broken"), Skip(), Stop())
+    seeds = [policy(seed, operations=own) for seed in range(20)]
+    tried = (run(chosen, operations=own, search_stages=search_stages) for chosen in seeds)
+    tuned = next(t for t in tried if any(step["operation"] == "broken" for step in t.trace))
+    failed = [step for step in tuned.trace if step["operation"] == "broken"]
+    assert all(step["diverged"] and step["cost"] == 0 for step in failed)
+    assert tuned.failures and len(set(tuned.failures)) == len(tuned.failures)
+    for line in tuned.failures:
+        assert re.search(r"got stage .*broken@\d\] of task 'never seen'.*no such luck", line)
+    assert tuned.val_metric >= tuned.start_metric
+
+
+def test_a_start_that_fails_is_an_error(active: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(Engine, "start", fails)
+    with pytest.raises(FailedStageError, match=r"got stage \[start\] of task.*no such luck"):
+        run(active)
 
 
 def test_data_the_model_cannot_take_is_refused(active: Policy) -> None:
