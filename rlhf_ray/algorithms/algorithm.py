@@ -34,7 +34,7 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME
 
 from rlhf_ray.algorithms.env_runner import EnvFactory, NumberedEpisodesRunner
 from rlhf_ray.algorithms.handover import Transitions, Turn
-from rlhf_ray.algorithms.modules import level_of_agent
+from rlhf_ray.algorithms.modules import module_id, module_of_agent
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 from rlhf_ray.errors import InputError, LostProcessError, RlhfRayError, unknown_name
 
@@ -272,7 +272,9 @@ def configure(
         gamma=settings.gamma, lr=settings.learning_rate, learner_class=learner_class, **defaults
     )
     config.learners(num_learners=0, num_gpus_per_learner=0)
-    config.multi_agent(policies=list(levels), policy_mapping_fn=level_of_agent)
+    config.multi_agent(
+        policies=[module_id(level) for level in levels], policy_mapping_fn=module_of_agent
+    )
     config.rl_module(rl_module_spec=rl_module_spec)
     config.reporting(min_sample_timesteps_per_iteration=0, min_time_s_per_iteration=0)
     # no seed: RLlib would seed the whole process, and every draw here has a generator of its own

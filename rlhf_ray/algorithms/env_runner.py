@@ -20,6 +20,7 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.vector.sync_vector_multi_agent_env import SyncVectorMultiAgentEnv
 
 from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action, gumbel_noise
+from rlhf_ray.algorithms.modules import module_id
 from rlhf_ray.algorithms.settings import AlgorithmSettings
 
 NEXT_EPISODE = "next_episode"
@@ -232,7 +233,7 @@ class NumberedEpisodesRunner(MultiAgentEnvRunner):
             return action
         sampled = self.config.samples_actions and slot.episode.custom_data["explore"]
         noise = gumbel_noise(seed, slot.number, step, len(mask_A)) if sampled else 0.0
-        return self.module[level].act(observation, noise)
+        return self.module[module_id(level)].act(observation, noise)
 
     def _scheduled(self, level: str, features: np.ndarray) -> int | None:
         settings: AlgorithmSettings = self.config.settings

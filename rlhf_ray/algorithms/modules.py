@@ -6,6 +6,7 @@ states writes the same values into it L times. A single controller's modules sha
 they are one policy under L names.
 """
 
+import re
 from typing import Any
 
 import gymnasium as gym
@@ -69,12 +70,12 @@ class LevelsModule(MultiRLModule):
         self.network_seed = own["network_seed"]
         self.networks = LevelQNetworks(own["network"], seed=self.network_seed)
         for index, level in enumerate(own["levels"]):
-            self._rl_modules[level].q = self.networks.level(index)
+            self._rl_modules[module_id(level)].q = self.networks.level(index)
         if own["critic"] is not None:
             seed = derive_seed(self.network_seed, "critic")
             self.critic = LevelQNetworks(own["critic"], seed=seed)
             for index, level in enumerate(own["levels"]):
-                self._rl_modules[level].critic = self.critic.level(index)
+                self._rl_modules[module_id(level)].critic = self.critic.level(index)
 
 
 def levels_spec(
@@ -104,7 +105,7 @@ def levels_spec(
             "critic": critic,
         },
         rl_module_specs={
-            level: RLModuleSpec(
+            module_id(level): RLModuleSpec(
                 module_class=LevelModule,
                 observation_space=observation_space,
                 action_space=action_space,
@@ -115,6 +116,15 @@ def levels_spec(
     )
 
 
-def level_of_agent(agent_id: str, episode: Any, **kwargs: Any) -> str:
-    """The policy mapping: an agent is a level, and has the module of its name."""
-    return agent_id
+def module_id(level: str) -> str:
+    """The id of a level's module: its name, with what RLlib refuses in one written as codes.
+
+    >>> module_id("conv1"), module_id("encoder/block:1."), module_id("100%")
+    ('conv1', 'encoder%2fblock%3a1%2e', '100%25')
+    """
+    return re.sub(r'[%<>:"/\\|?*]|[. ]\Z|\A\Z', lambda found: f"%{found[0].encode().hex()}", level)
+
+
+def module_of_agent(agent_id: str, episode: Any, **kwargs: Any) -> str:
+    """The policy mapping: an agent is named after its level, and has its module."""
+    return module_id(agent_id)

@@ -25,7 +25,7 @@ from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from rlhf_ray.algorithms import AlgorithmSettings
 from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import Backup, Transitions, Turn, following, turns
-from rlhf_ray.algorithms.modules import spaces
+from rlhf_ray.algorithms.modules import module_id, spaces
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.q_table import QTable, as_weights
 
@@ -133,7 +133,7 @@ class TableLearner(TorchLearner):
 
     def tables(self, levels: Sequence[str]) -> list[QTable]:
         """One per level."""
-        return [self.module[level].table for level in levels]
+        return [self.module[module_id(level)].table for level in levels]
 
 
 class HandoverQConfig(AlgorithmConfig):
@@ -228,7 +228,9 @@ def build(
         levels=levels,
         settings=settings,
         learner_class=TableLearner,
-        rl_module_spec=MultiRLModuleSpec(rl_module_specs=dict.fromkeys(levels, module)),
+        rl_module_spec=MultiRLModuleSpec(
+            rl_module_specs=dict.fromkeys(map(module_id, levels), module)
+        ),
         defaults={},
         ours=OURS,
     )

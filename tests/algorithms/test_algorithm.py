@@ -1,6 +1,7 @@
 import random
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -336,6 +337,29 @@ def test_every_level_is_an_rl_module_and_the_encoder_is_one(local_ray):
     for name, value in module.networks.state_dict().items():
         assert torch.equal(value, after[name]), name  # the runner plays with the learner's weights
     algorithm.stop()
+
+
+@pytest.mark.parametrize("name", ["dqn", "ppo", "q-learning"])
+def test_levels_may_have_names_that_rllib_refuses(local_ray, name):
+    odd = replace(PROBLEM, levels=("encoder/block:1", 'head?"<|>\\*', "out. "))
+
+    def results(problem):
+        algorithm = build_algorithm(
+            name,
+            env_creator=lambda config: known_optimum_env(problem, 7),
+            env_config={},
+            levels=problem.levels,
+            n_features=problem.n_features,
+            n_actions=problem.n_actions,
+            settings=settings(epsilon=0.0 if name == "ppo" else 0.1),
+        )
+        result, weights = algorithm.train(), level_weights(algorithm)
+        algorithm.stop()
+        return result["return_mean"], weights
+
+    (reached, weights), (as_usual, others) = results(odd), results(PROBLEM)
+    assert reached == as_usual and list(weights) == list(others)
+    assert all(torch.equal(value, others[key]) for key, value in weights.items())
 
 
 def test_learned_weights_fit_the_networks_without_ray(local_ray):
