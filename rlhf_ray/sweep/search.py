@@ -19,6 +19,7 @@ from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
 from rlhf_ray.operations import Operation, operation_as_json
 from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.policies.finetuning import process_spec
+from rlhf_ray.policies.schedules import moves
 from rlhf_ray.process import check_operations
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.provenance import git_revision, library_versions
@@ -225,6 +226,9 @@ def prepare(
     wanted = [operation.name for operation in operations or ()] or config.only_operations
     chosen, left_out = supported(suite, operations or config.operations(), asked=wanted)
     check_operations(chosen, len(suite.levels))
+    if not moves(chosen, len(suite.levels)):
+        names = [operation.name for operation in chosen]
+        raise InputError(f"operations must hold one that changes the model, got {names}.")
     identity = _identity(suite, config, chosen)
     return Ground(
         suite=suite,

@@ -214,6 +214,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     for operations, match in (
         ((scaled, Stop()), "level_scales must hold one factor per trained level, got 2"),
         ((scaled,), "operations must hold one Stop"),
+        ((Skip(), Stop()), r"must hold one that changes the model, got \['skip', 'stop'\]"),
     ):
         with pytest.raises(InputError, match=match):
             search(suite, asked, operations=operations)
@@ -393,10 +394,11 @@ def test_a_search_without_training_ends_with_baselines_that_train_as_configured(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_model_that_is_one_level_is_searched_too(tmp_path: Path) -> None:
-    suite = replace(small_suite(), levels={"whole": ["0", "1", "2"]})
+def test_a_model_that_is_one_level_of_any_name_is_searched_too(tmp_path: Path) -> None:
+    suite = replace(small_suite(), levels={"whole/model:1.": ["0", "1", "2"]})
     result = search(suite, config(tmp_path, tuning_cost_weight=(0.0,)))
     assert result.finished and not result.failures
+    assert result.best_policy.levels == ("whole/model:1.",)
     assert result.table()["switches"].eq(0).all()
 
 
