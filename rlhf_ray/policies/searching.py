@@ -8,6 +8,7 @@ Dimension letters: A actions.
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Player
 from rlhf_ray.evaluation.rollouts import Decide, Episode, Stages, Tried
 from rlhf_ray.operations import Stop
+from rlhf_ray.outcomes import StagePath
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
 from rlhf_ray.process import (
@@ -107,7 +109,8 @@ def best_first(
 ) -> Episode:
     """Follows the policy to its end, then takes the most promising actions left, anywhere.
 
-    An action promises the discounted rewards collected before it and the policy's value of it.
+    An action promises the discounted rewards collected before it and the policy's value of it: by
+    the most promising of the ways that lead to its model and acting level.
 
     Args:
         spec: the process, with the reward weights that the values were learned under.
@@ -161,23 +164,51 @@ def best_first(
 
 
 class _Frontier:
-    """Actions not taken yet, the most promising first; ties by the order in which they came."""
+    """Actions not taken yet, the most promising first; ties by the order in which they came.
+
+    Many ways of handing over and skipping lead to one model and one acting level. An action there
+    is kept only where it promises more than by every other way that leaves as many skips.
+    """
 
     def __init__(self, spec: ProcessSpec) -> None:
         self._spec = spec
         self._heap: list[tuple[float, int, _Node, int]] = []
         self._order = itertools.count()
+        self._most: dict[tuple[StagePath, int, int], list[float]] = {}
+        """(path, acting level, action) -> the most that it promised after at most 0, 1, ... skips
+        in a row."""
 
     def add(self, node: _Node, values_A: NDArray[np.float32], but: int | None = None) -> None:
-        """Takes in a state's open actions, but for one; not `stop`, which shows nothing new."""
+        """Takes in a state's open actions, but for one; not `stop`, which shows nothing new.
+
+        Args:
+            node: the state.
+            values_A: minus infinity where an action is closed.
+            but: is taken at once.
+        """
         for action in np.flatnonzero(np.isfinite(values_A)).tolist():
-            if action != but and not isinstance(self._spec.decode(action)[0], Stop):
-                promise = node.collected + node.discount * float(values_A[action])
+            if isinstance(self._spec.decode(action)[0], Stop):
+                continue
+            promise = node.collected + node.discount * float(values_A[action])
+            if self._promises_most(node.state, action, promise) and action != but:
                 heapq.heappush(self._heap, (-promise, next(self._order), node, action))
 
     def pop(self) -> tuple[_Node, int] | None:
         """The most promising action left, with its state; None if there is none."""
-        if not self._heap:
-            return None
-        _, _, node, action = heapq.heappop(self._heap)
-        return node, action
+        while self._heap:
+            promise, _, node, action = heapq.heappop(self._heap)
+            if -promise >= self._known(node.state, action)[node.state.skips]:
+                return node, action
+        return None
+
+    def _promises_most(self, state: State, action: int, promise: float) -> bool:
+        """Whether an action promises more than it ever did, and takes note if so."""
+        known = self._known(state, action)
+        if promise <= known[state.skips]:
+            return False
+        known[state.skips :] = [max(promise, most) for most in known[state.skips :]]
+        return True
+
+    def _known(self, state: State, action: int) -> list[float]:
+        none = [-math.inf] * self._spec.n_levels
+        return self._most.setdefault((state.path, state.level, action), none)
