@@ -87,7 +87,7 @@ class Cell:
         """A sweep on the train tasks, judged on the val tasks."""
         config = self.config(seed, **changes)
         ground, context = prepare(self.suite, config), scheduled(self.context(config))
-        run_trials(context, ground.trials, self.handle, max_minutes=None, progress=NO_PROGRESS)
+        run_trials(context, ground.trials, self.handle, ends=None, progress=NO_PROGRESS)
         folders = [trial_folder(ground.name, trial.name) for trial in ground.trials]
         records: Any = [context.storage.read_json(f"{folder}/trial.json") for folder in folders]
         errors = [record["error"] for record in records if record["status"] != "done"]

@@ -84,7 +84,7 @@ def run(suite: rr.Suite, config: rr.SearchConfig, n_trials: int | None = None) -
         began = time.monotonic()
         context = scheduled(context)
         tuned = time.monotonic()
-        run_trials(context, trials, handle, max_minutes=None, progress=NO_PROGRESS)
+        run_trials(context, trials, handle, ends=None, progress=NO_PROGRESS)
         ended = time.monotonic()
     names = [trial.name for trial in trials]
     records = [storage.read_json(f"{trial_folder(ground.name, name)}/trial.json") for name in names]

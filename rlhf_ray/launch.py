@@ -74,7 +74,8 @@ class LaunchOptions:
 
     Attributes:
         fresh: start the sweep over; the tree of stages is kept.
-        max_minutes: stop cleanly after this many minutes, > 0; the same command resumes.
+        max_minutes: stop cleanly after this many minutes, > 0; the same command resumes. Once all
+            trials are done, summing up is carried to its end.
         list: show the sweeps under the storage path, and do nothing else.
         dry_run: show what would run, with estimated stages and time; write nothing.
         json: print exactly summary.json on stdout, everything else on stderr.

@@ -12,6 +12,7 @@ from rlhf_ray.process import ProcessSpec
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.storage import Storage
 from rlhf_ray.sweep.results import SCHEDULE_FILE, WALKS_FILE
+from rlhf_ray.sweep.time_limit import StagesUntil
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.tree.tally import TalliedStages, Tally
 
@@ -21,8 +22,19 @@ def has_schedule(config: SearchConfig, n_levels: int) -> bool:
     return config.schedule and config.algorithm == "dqn" and n_levels > 1
 
 
-def scheduled(context: TrialContext, progress: Progress = NO_PROGRESS) -> TrialContext:
-    """The context with a schedule, where the configuration wants one: tuned now, or read."""
+def scheduled(
+    context: TrialContext, progress: Progress = NO_PROGRESS, *, ends: float | None = None
+) -> TrialContext:
+    """The context with a schedule, where the configuration wants one: tuned now, or read.
+
+    Args:
+        context: what the trials share.
+        progress: told what happens.
+        ends: on the monotonic clock; None: no bound.
+
+    Raises:
+        TimeIsUpError: it was not tuned by then.
+    """
     config, spec = context.config, context.spec
     if not has_schedule(config, spec.n_levels):
         return context
@@ -35,10 +47,11 @@ def scheduled(context: TrialContext, progress: Progress = NO_PROGRESS) -> TrialC
         progress.phase("schedule for all tasks")
         tallies: list[Tally] = []
 
-        def walk(name: str) -> TalliedStages:
+        def walk(name: str) -> StagesUntil:
             tally = Tally()
             tallies.append(tally)  # append is atomic
-            return TalliedStages(context.stages, tally, namespace=f"schedule/{name}")
+            stages = TalliedStages(context.stages, tally, namespace=f"schedule/{name}")
+            return StagesUntil(stages, ends)
 
         tuned = tuned_schedules(
             spec,

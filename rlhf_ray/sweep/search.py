@@ -40,6 +40,7 @@ from rlhf_ray.sweep.results import (
 )
 from rlhf_ray.sweep.scheduling import has_schedule, scheduled
 from rlhf_ray.sweep.summing_up import sum_up
+from rlhf_ray.sweep.time_limit import StagesUntil, TimeIsUpError
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
 from rlhf_ray.tasks import SPLITS, Metric, Suite
@@ -68,7 +69,8 @@ def search(
         config: see `SearchConfig`; the suite's own defaults fill what it leaves at the default.
         operations: instead of those that the configuration makes.
         fresh: forget an earlier sweep of the same name (the tree of stages is kept).
-        max_minutes: stop after so long, > 0; the same call resumes.
+        max_minutes: stop after so long, > 0; the same call resumes. Once all trials are done,
+            summing up is carried to its end.
         progress: told what happens.
 
     Returns:
@@ -353,6 +355,8 @@ def _run(
 ) -> None:
     began = time.monotonic()
     suite, config = ground.suite, ground.config
+    left = any(trial["status"] != "done" for trial in SearchResult(storage, ground.name).trials)
+    ends = began + 60 * max_minutes if max_minutes is not None and left else None
     _set_state(storage, ground.name, "running")
     progress.phase("starting Ray and the workers")
     engine = Engine(suite, config.engine_settings())
@@ -366,18 +370,22 @@ def _run(
         context = trial_context(storage, ground, engine, handle.stages)
         tally = Tally()
         stages = TalliedStages(handle.stages, tally, namespace="driver")
-        if config.prefill:
-            prefill(
-                context.spec,
-                stages,
-                tasks=[task.name for task in suite.tasks()],
-                reported=[task.name for task in (*suite.val_tasks, *suite.test_tasks)],
-                replicas=config.replicas,
-                depth=config.prefill,
-                progress=progress,
-            )
-        context = scheduled(context, progress)
-        run_trials(context, ground.trials, handle, max_minutes=max_minutes, progress=progress)
+        try:
+            if config.prefill:
+                prefill(
+                    context.spec,
+                    StagesUntil(stages, ends),
+                    tasks=[task.name for task in suite.tasks()],
+                    reported=[task.name for task in (*suite.val_tasks, *suite.test_tasks)],
+                    replicas=config.replicas,
+                    depth=config.prefill,
+                    progress=progress,
+                )
+            context = scheduled(context, progress, ends=ends)
+        except TimeIsUpError:
+            _set_state(storage, ground.name, "interrupted")
+            return
+        run_trials(context, ground.trials, handle, ends=ends, progress=progress)
         LivePage(storage, ground.name, progress).write()
         result = SearchResult(storage, ground.name)
         if any(trial["status"] == "waiting" for trial in result.trials):

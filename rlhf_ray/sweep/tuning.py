@@ -24,6 +24,7 @@ from rlhf_ray.report.live import LivePage
 from rlhf_ray.sweep.plan import PlannedTrial
 from rlhf_ray.sweep.results import trial_folder
 from rlhf_ray.sweep.scheduling import schedule_tally
+from rlhf_ray.sweep.time_limit import is_over
 from rlhf_ray.sweep.tracking import Tolerated
 from rlhf_ray.sweep.trial import HandoverTrial, TrialContext, failed_record
 from rlhf_ray.tensorboard import TensorBoardLog
@@ -50,7 +51,7 @@ def run_trials(
     trials: Sequence[PlannedTrial],
     handle: StagesHandle,
     *,
-    max_minutes: float | None,
+    ends: float | None,
     progress: Progress,
 ) -> None:
     """Runs the trials that have not ended well before, and records those that fail.
@@ -59,11 +60,11 @@ def run_trials(
         context: what the trials share.
         trials: all that the sweep has.
         handle: of the workers, for progress.
-        max_minutes: no trial goes on after so long; None: no bound.
+        ends: no trial goes on after this time on the monotonic clock; None: no bound.
         progress: told about episodes and stages.
     """
     waiting = [trial for trial in trials if not _done(context, trial.name)]
-    if not waiting:
+    if not waiting or is_over(ends):
         return
     episodes = context.config.episodes
     progress.phase("sweep", total=episodes * len(trials))
@@ -77,7 +78,6 @@ def run_trials(
         done=before,
         asked=schedule_tally(context.storage, context.sweep).logical,
     )
-    ends = None if max_minutes is None else time.monotonic() + max_minutes * 60
     failures: dict[str, Exception] = {}
     # as a filesystem: the URI may hold keys, which Tune would write into its files
     with watcher.watching(), _quiet(), context.storage.keyless() as filesystem:
@@ -90,7 +90,7 @@ def run_trials(
             failures = {name: error for name, error in failures.items() if name not in again}
             failures |= _fit(context, waiting, [watcher, *trackers], filesystem, ends)
             waiting = [trial for trial in waiting if _was_lost(failures.get(trial.name))]
-            if not waiting or (ends is not None and time.monotonic() >= ends):
+            if not waiting or is_over(ends):
                 break
     for trial in trials:
         if trial.name in failures:

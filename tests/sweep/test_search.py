@@ -291,6 +291,8 @@ def test_time_is_up_and_the_same_call_goes_on(finished: Finished, tmp_path: Path
     stopped = search(small_suite(), config(tmp_path), max_minutes=0.01)
     assert stopped.sweep["state"] == "interrupted" and not stopped.summary
     assert {trial["status"] for trial in stopped.trials} == {"waiting"}
+    folder = tmp_path / stopped.name
+    assert not (folder / "schedule.json").exists() and not (folder / "tune").exists()
     assert same(search(small_suite(), config(tmp_path)).table(), finished.result.table())
 
 
