@@ -19,6 +19,7 @@ from rlhf_ray.algorithms.counterfactuals import counterfactuals
 from rlhf_ray.algorithms.exploration import epsilon_at, exploring_action
 from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.settings import AlgorithmSettings
+from rlhf_ray.digests import digest
 from rlhf_ray.evaluation.choosing import REPLICA
 from rlhf_ray.evaluation.rollouts import Decide, Stages, concurrently, play
 from rlhf_ray.evaluation.scheduling import Walk
@@ -45,20 +46,31 @@ class PlayedEpisode:
     Attributes:
         number: of the episode, in every trial's plan.
         actions: as taken.
-        random: whether all of them were drawn, by what the trials have in common.
+        drawn: how all of them were drawn (`drawing`); empty where not all were.
     """
 
     number: int
     actions: tuple[int, ...]
-    random: bool
+    drawn: str
 
 
 def played_episode(
     settings: AlgorithmSettings, number: int, actions: Sequence[int]
 ) -> PlayedEpisode:
     """An episode that a trial with these settings has played."""
-    random = is_random(settings, number, len(actions))
-    return PlayedEpisode(number=number, actions=tuple(actions), random=random)
+    drawn = drawing(settings) if is_random(settings, number, len(actions)) else ""
+    return PlayedEpisode(number=number, actions=tuple(actions), drawn=drawn)
+
+
+def drawing(settings: AlgorithmSettings) -> str:
+    """A digest of what drawn actions depend on, epsilon apart: trials' schedules may differ."""
+    return digest(
+        settings.seed,
+        settings.explore_by,
+        settings.persistence,
+        settings.adherence,
+        settings.schedule,
+    )[:8]
 
 
 def is_random(settings: AlgorithmSettings, number: int, n_steps: int) -> bool:
@@ -85,7 +97,7 @@ def write_episodes(
     storage: Storage, sweep: str, trial: str, episodes: Sequence[PlayedEpisode]
 ) -> None:
     """Leaves a trial's episodes to the others."""
-    data = [[episode.number, int(episode.random), *episode.actions] for episode in episodes]
+    data = [[episode.number, episode.drawn, *episode.actions] for episode in episodes]
     text = json.dumps(data, separators=(",", ":")) + "\n"
     storage.write_bytes(f"{trial_folder(sweep, trial)}/{EPISODES_FILE}", text.encode())
 
@@ -94,8 +106,11 @@ def read_episodes(storage: Storage, sweep: str, trial: str) -> list[PlayedEpisod
     """What `write_episodes` wrote; none where a trial has not come so far."""
     data = storage.read_json(f"{trial_folder(sweep, trial)}/{EPISODES_FILE}")
     return [
-        PlayedEpisode(number=number, random=bool(random), actions=tuple(actions))
-        for number, random, *actions in (data if isinstance(data, list) else [])
+        # earlier versions wrote 0 or 1: that all were drawn does not say how
+        PlayedEpisode(
+            number=number, drawn=drawn if isinstance(drawn, str) else "", actions=tuple(actions)
+        )
+        for number, drawn, *actions in (data if isinstance(data, list) else [])
     ]
 
 
@@ -119,12 +134,13 @@ def episodes_of_others(
         plan: of the sweep.
     """
     found: dict[str, list[PlayedEpisode]] = {}
+    own = drawing(settings)
     seen: set[tuple[Any, ...]] = set()
     for other in storage.folders(trial_folder(sweep, "").rstrip("/")):
         if other == trial:
             continue  # it was cut off after it had played
         for episode in read_episodes(storage, sweep, other):
-            if episode.random and is_random(settings, episode.number, len(episode.actions)):
+            if episode.drawn == own and is_random(settings, episode.number, len(episode.actions)):
                 continue
             went = (*plan.draw(episode.number), episode.actions)
             if went not in seen:

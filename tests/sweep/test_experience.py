@@ -1,5 +1,6 @@
 """Episodes of other trials: what is kept of them, which are taken, and what they become."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,11 +102,15 @@ def test_rebuilt_transitions_are_those_of_the_trials_own_weights() -> None:
 
 def test_episodes_are_kept_as_few_numbers_and_a_cut_file_as_none(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
-    kept = [played_episode(settings(), n, actions) for n, actions in ((0, [3, 1]), (1, [7]))]
+    given = ((settings(1.0), 0, [3, 1]), (settings(0.0), 1, [7]))
+    kept = [played_episode(*one) for one in given]
     write_episodes(storage, "s", "000-a", kept)
     assert read_episodes(storage, "s", "000-a") == kept
     file = tmp_path / "s" / "trials" / "000-a" / "episodes.json"
-    assert file.stat().st_size < 40
+    assert file.stat().st_size < 60
+    assert json.loads(file.read_text())[1][1] == ""  # not all of it was drawn
+    file.write_text("[[0, 1, 3, 1]]")  # as earlier versions wrote it
+    assert read_episodes(storage, "s", "000-a") == [replace(kept[0], drawn="")]
     file.write_text(file.read_text()[:9])
     assert read_episodes(storage, "s", "000-a") == read_episodes(storage, "s", "none") == []
 
@@ -145,6 +150,18 @@ def test_others_episodes_are_taken_once_and_not_what_a_trial_draws_itself(tmp_pa
     assert taken("001-b", 0.0) == first | {"002-c": [(drawn[0], (5,)), (greedy, (1, 2))]}
 
 
+def test_what_trials_with_other_schedules_drew_is_taken(tmp_path: Path) -> None:
+    storage, schedule = open_storage(tmp_path), ((0, 1),) * 3
+    ours = settings(1.0, schedule=schedule, adherence=0.7)
+    for name, theirs in (("000-a", ours), ("001-b", replace(ours, schedule=((2, 3),) * 3))):
+        kept = [played_episode(theirs, 4, [int(name[2]), 5])]
+        write_episodes(storage, "s", name, kept)
+    taken = episodes_of_others(storage, "s", "002-c", replace(ours, gamma=0.8), PLAN)
+    assert {name: [e.actions for e in episodes] for name, episodes in taken.items()} == {
+        "001-b": [(1, 5)]
+    }
+
+
 class Learner:
     """Takes what it is given."""
 
@@ -160,7 +177,7 @@ def test_what_was_learned_from_is_counted_apart() -> None:
     spec, learner, tally = weighed(0.1, 0.0), Learner(), Tally()
     stages = tallied(Tally())
     actions = tuple(turn.action for turn in played(spec, 2))
-    one = PlayedEpisode(number=2, actions=actions, random=True)
+    one = PlayedEpisode(number=2, actions=actions, drawn="")
     counts = learn_from_others(
         learner,
         {"000-a": [one], "001-b": [one]},
