@@ -6,7 +6,7 @@ cell carries out lies in the tree under its storage path: what was cut off goes 
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -137,14 +137,34 @@ def cell(suite: rr.Suite, storage_path: str) -> Iterator[Cell]:
         yield Cell(suite=suite, storage_path=storage_path, handle=handle)
 
 
-def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """The file's JSON; made, and written, where it is not there."""
-    if not file.exists():
-        data = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(data))
-        part.rename(file)
+def kept(
+    file: Path,
+    make: Callable[[], Any],
+    made_with: Mapping[str, Any] | None = None,
+    *,
+    enough: Callable[[Any], bool] = lambda found: True,
+) -> Any:
+    """The file's JSON; made, and written, where it is not there or will not do.
+
+    Args:
+        file: of the record.
+        make: gives it.
+        made_with: plain data that the record, then a mapping, follows from. One that says nothing
+            of it, as earlier ones do, is taken as it is.
+        enough: whether a record holds all that is asked for.
+    """
+    now = json.loads(json.dumps(made_with))
+    if file.exists():
+        found = json.loads(file.read_text())
+        before = found.get("made_with", now) if isinstance(found, dict) else now
+        if (made_with is None or before == now) and enough(found):
+            return found
+        print(f"{file} holds other settings, or less: it is made anew", flush=True)
+    data = make() if made_with is None else {**make(), "made_with": now}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(data))
+    part.rename(file)
     return json.loads(file.read_text())
 
 

@@ -7,8 +7,8 @@ a level can live on small rewards of its own, solved by dynamic programming; thr
 `q-learning`, `dqn` and `ppo` bootstrap from the level that acts next, `stock` from the same level's
 own next turn, as multi-agent RLlib does; networks, data and budget are the same. score = (return -
 random) / (optimum - random), by exact evaluation of the greedy policy, as it would be saved.
-Results: known_optimum.csv and known_optimum.md beside this; runs that are in the csv are not made
-again.
+Results: known_optimum.csv and known_optimum.md beside this; runs that are in the csv, with today's
+settings and episodes, are not made again.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import itertools
 import multiprocessing
 import platform
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,21 @@ def run(method: str, number: int, seed: int) -> dict[str, Any]:
         "episodes": settings.n_episodes,
         "score": round(score(problem, policy.act), 4),
         "cpu_s": round(time.process_time() - began, 1),
+        "settings": settings_of(method),
     }
+
+
+def settings_of(method: str) -> str:
+    """What a method's runs differ in from the defaults, in words."""
+    settings = SETTINGS[method.partition(" ")[0]]
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def holds(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of today's settings; earlier rows say nothing of them but the episodes."""
+    method, settings = row["method"], row.get("settings")
+    same = not isinstance(settings, str) or settings == settings_of(method)
+    return same and row["episodes"] == EPISODES[method.partition(" ")[0]][row["levels"]]
 
 
 def start_process() -> None:
@@ -158,7 +173,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at once (default 1)")
     args = parser.parse_args()
     where = Path(__file__).with_suffix(".csv")
-    rows = pd.read_csv(where).to_dict("records") if where.exists() else []
+    found = pd.read_csv(where).to_dict("records") if where.exists() else []
+    rows: list[dict[str, Any]] = [row for row in found if holds(row)]
     done = {tuple(row[name] for name in KEY) for row in rows}
     stock = [method for method in METHODS if "stock" in method]
     wanted = [

@@ -77,13 +77,15 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 def tested(here: Cell, folder: Path, name: str, changes: Mapping[str, Any], seed: int) -> list[Run]:
     """A variant's policy of one seed on the test tasks."""
 
-    def make() -> list[dict[str, Any]]:
+    def make() -> dict[str, Any]:
         learned = here.learn(seed, **changes)
         test = here.test_schedule if name == ALONE else here.test
-        return as_json(test(learned, seed, name))
+        return {"runs": as_json(test(learned, seed, name))}
 
     words = "".join(c if c.isalnum() or c == "." else "-" for c in name)
-    return [Run.from_json(run) for run in kept(folder / words / f"seed{seed}.json", make)]
+    found = kept(folder / words / f"seed{seed}.json", make, {"changes": dict(changes)})
+    runs = found if isinstance(found, list) else found["runs"]  # earlier records are bare lists
+    return [Run.from_json(run) for run in runs]
 
 
 def by_dear(runs: Sequence[Run]) -> list[Run]:

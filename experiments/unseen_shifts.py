@@ -13,6 +13,7 @@ figures/unseen_shifts.svg of the complete folds of `--suites`.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from cells import N_TASKS, Cell, as_json, cell, kept, made_by, same_settings
 from unseen_table import SCHEDULE, report
 
 import rlhf_ray as rr
+from rlhf_ray.evaluation.baselines import baselines_for
 from rlhf_ray.evaluation.judging import Run, compare
 from rlhf_ray.evaluation.rollouts import Episode, walk
 from rlhf_ray.evaluation.running import run_baselines
@@ -57,12 +59,17 @@ def learn_and_test(here: Cell, folder: Path, seed: int) -> dict[str, Any]:
             "wall_s": time.monotonic() - began,
         }
 
-    return kept(folder / f"seed{seed}.json", make)
+    return kept(folder / f"seed{seed}.json", make, {"guided_stages": GUIDED_STAGES})
 
 
 def schedules(
     here: Cell, folder: Path, seeds: int, max_stages: int, names: Sequence[str]
 ) -> dict[str, Any]:
+    """The baselines asked for; those that a record has besides stay in it."""
+    file = folder / f"baselines-{seeds}.json"
+    there = tuple(json.loads(file.read_text())["runs"]) if file.exists() else ()
+    asked = baselines_for(names, tuple(here.suite.levels)) if "all" in names else names
+
     def make() -> dict[str, Any]:
         context, stages, suite = here.context(here.config(0)), here.stages(), here.suite
         found = run_baselines(
@@ -71,7 +78,7 @@ def schedules(
             train_tasks=[task.name for task in suite.train_tasks],
             val_tasks=[task.name for task in suite.val_tasks],
             test_tasks=[task.name for task in suite.test_tasks],
-            names=names,
+            names=[*names, *there],
             replicas=range(seeds),
             utility=context.utility,
             max_stages=max_stages,
@@ -85,7 +92,8 @@ def schedules(
             "curve": {name: as_json(runs) for name, runs in curve.items()},
         }
 
-    return kept(folder / f"baselines-{seeds}.json", make)
+    made_with = {"max_stages": max_stages, "search_stages": SEARCH_STAGES, "curve": CURVE}
+    return kept(file, make, made_with, enough=lambda found: set(asked) <= set(found["runs"]))
 
 
 def full_curve(here: Cell, learning_rate: float) -> dict[str, list[Run]]:
