@@ -93,7 +93,8 @@ class TreeStore:
         self._max_outcomes = max_outcomes
         self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
         self._weights: OrderedDict[str, int] | None = None  # version -> bytes, by last use
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of the outcomes: never held while storage is asked
+        self._weights_lock = threading.Lock()
 
     def mark(self) -> str:
         """The name of a file that marks this tree, for `has_mark`; made if there is none."""
@@ -166,7 +167,7 @@ class TreeStore:
         """Notes that weights were just used or written; evicts beyond the limit."""
         if self._max_weight_bytes is None:
             return
-        with self._lock:
+        with self._weights_lock:
             if self._weights is None:
                 self._weights = self._list_weights()
             for version in versions:

@@ -1,4 +1,5 @@
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from fake_engine import IDENTITY, request
 from torch import Tensor
 
 from rlhf_ray.outcomes import PRETRAINED, LevelState, Outcome
-from rlhf_ray.storage import open_storage
+from rlhf_ray.storage import StoredFile, open_storage
 from rlhf_ray.tree.store import StateCache, TreeStore
 
 KEY = "ab" + "0" * 62
@@ -122,6 +123,25 @@ def test_weights_least_recently_used_are_evicted_outcomes_never(tmp_path: Path) 
     assert [store.states(key) is not None for key in keys] == [True, False, False, True]
     fresh = TreeStore(storage)
     assert [fresh.get(key) is not None for key in keys] == [True] * 4
+
+
+def test_outcomes_in_memory_are_at_hand_while_weights_are_listed(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    store = TreeStore(storage, max_weight_bytes=1 << 20)
+    store.remember(outcome())
+    listing, listed = threading.Event(), threading.Event()
+
+    def slowly(folder: str) -> list[StoredFile]:
+        listing.set()
+        assert listed.wait(30)
+        return []
+
+    storage.files = slowly  # type: ignore[method-assign]
+    thread = threading.Thread(target=store.use, args=([KEY],))
+    thread.start()
+    assert listing.wait(30) and store.peek(KEY) == outcome()
+    listed.set()
+    thread.join()
 
 
 def test_outcomes_in_memory_are_bounded(tmp_path: Path) -> None:
