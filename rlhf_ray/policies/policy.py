@@ -36,6 +36,9 @@ SCHEMA_VERSION = 1
 JSON_NAME = "policy.json"
 WEIGHTS_NAME = "policy.safetensors"
 
+BEST_POLICY = "best_policy"
+"""Folder of a sweep that holds the policy to use."""
+
 KINDS = ("network", "tabular")
 
 MOMENTS, OUTPUTS = "source_moments/", "source_outputs/"
@@ -273,8 +276,9 @@ def _moments_of(tensors: Mapping[str, Tensor], n_levels: int) -> SourceMoments |
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    data = _read(file)
     try:
-        content = json.loads(_read(file))
+        content = json.loads(data)
     except ValueError as error:
         raise _damaged(file, _first_line(error)) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -296,9 +300,12 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
+        best = file.parent / BEST_POLICY
+        of_sweep = file.name == JSON_NAME and (best / JSON_NAME).is_file()
+        hint = f" Did you mean {str(best)!r}?" if of_sweep else ""
         raise InputError(
             f"a policy must be a directory with {JSON_NAME} and {WEIGHTS_NAME}, or the {JSON_NAME} "
-            f"in it, got {str(file)!r} ({error.strerror})."
+            f"in it, got {str(file)!r} ({error.strerror}).{hint}"
         ) from error
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from rlhf_ray.config import SWEPT
 from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.evaluation.judging import front
+from rlhf_ray.policies.policy import BEST_POLICY as BEST_POLICY  # a name of the layout above
 from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
 from rlhf_ray.storage import Storage, open_storage
 
@@ -27,7 +28,6 @@ SUMMARY_FILE = "summary.json"
 BASELINES_FILE = "baselines.json"
 SCHEDULE_FILE = "schedule.json"
 WALKS_FILE = "walks.json"
-BEST_POLICY = "best_policy"
 
 TABLE_COLUMNS = (
     "trial", "status", *SWEPT, "metric", "cost", "switches", "utility", "on_front",

@@ -70,6 +70,22 @@ def test_load_of_a_missing_policy_says_what_a_policy_is(tmp_path):
         Policy.load(tmp_path)
 
 
+def test_load_of_a_missing_policy_says_so_once(tmp_path):
+    with pytest.raises(InputError) as caught:
+        Policy.load(tmp_path)
+    assert str(caught.value) == (
+        "a policy must be a directory with policy.json and policy.safetensors, or the policy.json "
+        f"in it, got {str(tmp_path / JSON_NAME)!r} (No such file or directory)."
+    )
+
+
+def test_load_of_a_sweep_points_to_its_best_policy(tmp_path):
+    make_policy().save(tmp_path / "best_policy")
+    for path in (tmp_path, tmp_path / JSON_NAME):
+        with pytest.raises(InputError, match=r"Did you mean '.*best_policy'\?$"):
+            Policy.load(path)
+
+
 def test_load_without_the_weights_names_their_file(tmp_path):
     make_policy().save(tmp_path)
     (tmp_path / WEIGHTS_NAME).unlink()
