@@ -12,6 +12,8 @@ from typing import Any
 from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.storage import Storage
 
+LOCK_FILE = "lock.json"
+
 BEAT_S = 20.0
 """How often a driver says that it lives."""
 
@@ -29,7 +31,7 @@ def driver_lock(storage: Storage, sweep: str) -> Iterator[None]:
     Raises:
         InputError: another driver that lives holds it.
     """
-    name = f"{sweep}/lock.json"
+    name = f"{sweep}/{LOCK_FILE}"
     holder = storage.read_json(name)
     if isinstance(holder, dict) and _alive(holder):
         raise InputError(
@@ -58,6 +60,12 @@ def driver_lock(storage: Storage, sweep: str) -> Iterator[None]:
         thread.join()
         _held.discard(mine["token"])
         storage.delete(name)
+
+
+def has_driver(storage: Storage, sweep: str) -> bool:
+    """Whether a driver that lives holds a sweep."""
+    holder = storage.read_json(f"{sweep}/{LOCK_FILE}")
+    return isinstance(holder, dict) and _alive(holder)
 
 
 def _alive(holder: dict[str, Any]) -> bool:

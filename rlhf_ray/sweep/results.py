@@ -17,6 +17,7 @@ from rlhf_ray.evaluation.judging import front
 from rlhf_ray.policies.policy import BEST_POLICY as BEST_POLICY  # a name of the layout above
 from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
 from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.sweep.driver_lock import has_driver
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -107,6 +108,17 @@ class SearchResult:
     def storage_path(self) -> str:
         """The storage path the sweep lies under."""
         return self._storage.shown
+
+    @property
+    def state(self) -> str:
+        """One of "running", "interrupted", "failed" and "finished".
+
+        A sweep whose driver died could not say so: its record has it running, but nothing drives
+        it.
+        """
+        state = self.sweep["state"]
+        died = state == "running" and not has_driver(self._storage, self.name)
+        return "interrupted" if died else state
 
     @property
     def finished(self) -> bool:
@@ -219,7 +231,7 @@ def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "suite": result.sweep["suite"],
-                "state": result.sweep["state"],
+                "state": result.state,
                 "trials_done": len(done),
                 "trials": len(result.trials),
                 "utility": max((t["judged"]["utility"] for t in done), default=None),

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from rlhf_ray.digests import digest
 from rlhf_ray.engine.stages import Engine, suite_identity
 from rlhf_ray.engine.support import supported
 from rlhf_ray.env import EpisodePlan
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.evaluation.baselines import baselines_for
 from rlhf_ray.evaluation.comparing import common_metric
 from rlhf_ray.evaluation.exhaustive import prefill
@@ -92,8 +93,15 @@ def search(
         shown = baselines_for(config.baselines, tuple(suite.levels))
         if result.finished and _holds(result.summary, set(shown), config.search_stages):
             return result
-        _run(storage, ground, max_minutes=max_minutes, progress=progress)
-        LivePage(storage, ground.name, progress).write()
+        try:
+            _run(storage, ground, max_minutes=max_minutes, progress=progress)
+        except BaseException as error:
+            with suppress(StorageError):  # the error that ends the sweep is the one to tell
+                failed = isinstance(error, Exception)
+                _set_state(storage, ground.name, "failed" if failed else "interrupted")
+            raise
+        finally:
+            LivePage(storage, ground.name, progress).write()
     return SearchResult(storage, ground.name)
 
 

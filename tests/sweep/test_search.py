@@ -26,7 +26,7 @@ from rlhf_ray.engine.support import supported
 from rlhf_ray.errors import InputError
 from rlhf_ray.operations import Operation, Skip, StageSession, Stop, Train
 from rlhf_ray.policies.finetuning import finetune
-from rlhf_ray.storage import open_storage
+from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep import search as sweep
 from rlhf_ray.sweep.results import SearchResult
 from rlhf_ray.sweep.search import search
@@ -240,6 +240,28 @@ def test_fresh_forgets_the_sweep_and_keeps_lock_and_tree(
     result = search(small_suite(), asked, fresh=True)
     assert seen == [{"tree/ab/ab.json", "other/x", "mine/sweep.json", "mine/lock.json"}]
     assert {trial["status"] for trial in result.trials} == {"waiting"}
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("no"), "failed")]
+)
+def test_a_sweep_that_raises_says_so_and_goes_on_when_called_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, state: str
+) -> None:
+    asked, calls = config(tmp_path, name="mine"), []
+
+    def end(storage: Storage, ground: sweep.Ground, **_: Any) -> None:
+        calls.append(ground.name)
+        if len(calls) == 1:
+            raise error
+
+    monkeypatch.setattr(sweep, "_run", end)
+    with pytest.raises(type(error)):
+        search(small_suite(), asked)
+    assert SearchResult.load(tmp_path / "mine").sweep["state"] == state
+    assert f">{state}</span>" in (tmp_path / "mine" / "report.html").read_text()
+    search(small_suite(), asked)
+    assert calls == ["mine", "mine"]
 
 
 # -- the same again
@@ -563,7 +585,7 @@ def test_interrupt_ends_all_processes_and_leaves_what_is_done(
     assert run.ends() == 130
     said = run.log.read_text()
     assert "this goes on with it: python -m rlhf_ray.launch" in said and "Traceback" not in said
-    assert SearchResult.load(storage / "mine").sweep["state"] == "running"
+    assert SearchResult.load(storage / "mine").sweep["state"] == "interrupted"
     assert not (storage / "mine" / "lock.json").exists()
 
 
