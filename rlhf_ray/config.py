@@ -6,6 +6,8 @@ Fields are documented with unit and range; `__post_init__` checks them before an
 import dataclasses
 import json
 import math
+import os
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -181,6 +183,9 @@ class SearchConfig:
     rllib: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if isinstance(path := getattr(self, f.name), os.PathLike):
+                object.__setattr__(self, f.name, os.fspath(path))
         for name in (*SWEPT, "observation", "only_operations", "baselines"):
             value = getattr(self, name)
             given = value if isinstance(value, tuple | list) else (value,)
@@ -332,7 +337,22 @@ _AT_LEAST = {
 }  # fmt: skip
 
 
+_KINDS = {
+    str: "a string",
+    str | None: "a string, or None",
+    bool: "True or False",
+    tuple[str, ...]: "strings",
+    tuple[float, ...] | None: "three numbers (low, middle, high), or None",
+    Mapping[str, Any]: "a mapping of names to values",
+}
+"""What fields of these types must hold, in words; those of single numbers: see `_number`."""
+
+
 def _check(config: SearchConfig) -> None:
+    for name, kind in typing.get_type_hints(SearchConfig).items():
+        value = getattr(config, name)
+        if kind in _KINDS and not _is_of(value, kind):
+            raise InputError(f"{name} must be {_KINDS[kind]}, got {name}={value!r}.")
     for name in SWEPT:
         _check_swept(name, getattr(config, name))
     for name, low in _AT_LEAST.items():
@@ -372,10 +392,22 @@ def _check(config: SearchConfig) -> None:
         value = _number(config, name) or 0
         if not 0 <= value < 1:
             raise InputError(f"{name} must lie in [0, 1), got {name}={value}.")
-    if not 0 < config.alpha <= 1:
+    if not 0 < (_number(config, "alpha") or 0) <= 1:
         raise InputError(f"alpha must lie in (0, 1], got alpha={config.alpha}.")
     config.observer()
     config.operations()
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of an annotation; a list counts as a tuple."""
+    outer, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if outer in (types.UnionType, typing.Union):
+        return any(_is_of(value, one) for one in inner)
+    if outer is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(one, inner[0]) for one in value)
+    if outer is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, outer)
 
 
 def _number(config: SearchConfig, name: str) -> float | None:

@@ -1,6 +1,6 @@
 """Levels: a model's modules in ordered, disjoint groups, input side first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from rlhf_ray.digests import (
     tensor_digest,
 )
 from rlhf_ray.errors import InputError, unknown_name
+
+RESERVED = "__all__"
+"""No level's name: it stands for all agents where an environment says who is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +63,26 @@ def split_levels(model: nn.Module, levels: Mapping[str, Sequence[str]]) -> Level
         The split.
 
     Raises:
-        InputError: no levels, a module that does not exist, a level without parameters that can be
-            trained, a module or a parameter (tied weights) in two levels, a parameter of a level
-            tied to one that is in none.
+        InputError: no levels, a level's name that cannot be one, a module that does not exist, a
+            level without parameters that can be trained, a module or a parameter (tied weights) in
+            two levels, a parameter of a level tied to one that is in none.
     """
     if not isinstance(levels, Mapping) or not levels:
         raise InputError(f"levels must map level names to module names, got levels={levels!r}.")
     modules = dict(model.named_modules())
     owner: dict[str, str] = {}
     for level, names in levels.items():
+        if not isinstance(level, str) or level == RESERVED:
+            raise InputError(
+                f"a level's name must be a string, and not {RESERVED!r}, got {level!r}. "
+                "Give it another name."
+            )
         if isinstance(names, str):
             raise InputError(f"level {level!r} must list module names, got {names!r}. "
                              f"Write [{names!r}].")  # fmt: skip
+        if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"level {level!r} must list module names as in model.named_modules(), "
+                             f"got {' '.join(repr(names).split())}.")  # fmt: skip
         for name in names:
             if name not in modules:
                 raise unknown_name(f"module of level {level!r}", name, filter(None, modules))

@@ -7,6 +7,7 @@ out is left to the caller: `stage_request` says what to ask for, `advance` takes
 Dimension letters: L levels, O operations, A = O * L actions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -72,17 +73,42 @@ class ProcessSettings:
 
 def check_operations(operations: Sequence[Operation], n_levels: int) -> None:
     """Raises InputError unless operations can be those of a process with L levels."""
+    if not isinstance(operations, Sequence) or isinstance(operations, str):
+        raise InputError(f"operations must be a list of rlhf_ray.Operation, got {operations!r}.")
+    for operation in operations:
+        if not isinstance(operation, Operation):
+            raise InputError(f"operations must hold rlhf_ray.Operation, got {operation!r}.")
     names = [operation.name for operation in operations]
     if len(set(names)) != len(names):
         raise InputError(f"operations must have names of their own, got {names}.")
     if sum(isinstance(operation, Stop) for operation in operations) != 1:
         raise InputError(f"operations must hold one Stop, got {names}.")
     for operation in operations:
+        _check_levels(operation, n_levels)
         if isinstance(operation, Train) and operation.level_scales is not None:
-            _check_scales(operation, len(operation.level_scales), n_levels)
+            _check_scales(operation, operation.level_scales, n_levels)
 
 
-def _check_scales(operation: Train, n_scales: int, n_levels: int) -> None:
+def _check_levels(operation: Operation, n_levels: int) -> None:
+    for level in range(n_levels):
+        if not operation.applies(level, n_levels):
+            continue
+        levels: object = operation.levels(level, n_levels)
+        known = isinstance(levels, tuple) and all(type(each) is int for each in levels)
+        if not known or list(levels) != [each for each in range(n_levels) if each in levels]:
+            raise InputError(
+                f"levels of the operation {operation.name!r} must give a tuple of whole numbers in "
+                f"[0, {n_levels - 1}], ascending, got {levels!r} for level={level}."
+            )
+
+
+def _check_scales(operation: Train, scales: tuple[float, ...], n_levels: int) -> None:
+    if not all(isinstance(scale, int | float) and 0 <= scale < math.inf for scale in scales):
+        raise InputError(
+            f"level_scales must be finite and >= 0, got level_scales={scales} of "
+            f"{operation.name!r}."
+        )
+    n_scales = len(scales)
     for level in range(n_levels):
         n_trained = len(operation.levels(level, n_levels))
         if operation.applies(level, n_levels) and n_trained != n_scales:

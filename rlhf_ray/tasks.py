@@ -7,7 +7,7 @@ stands in `levels`; how a suite is trained on stands in `stages`.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +168,10 @@ def _named_tensors(data: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
 def _check_split(task: str, split: str, data: object) -> None:
     where = f"task {task!r}, {split}"
     if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor)):
-        raise InputError(f"{where}: data must be a pair (x, y) with a tensor y, got {_kind(data)}.")
+        y = f" whose y is {_kind(data[1])}" if isinstance(data, tuple) and len(data) == 2 else ""
+        raise InputError(
+            f"{where}: data must be a pair (x, y) with a tensor y, got {_kind(data)}{y}."
+        )
     x, y = data
     if not isinstance(x, Tensor | tuple | dict) or not input_tensors(x):
         raise InputError(f"{where}: x must be a tensor, tuple or dict of tensors, got {_kind(x)}.")
@@ -226,14 +229,22 @@ class Suite:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.name or self.name in {".", ".."} or set(self.name) & set("/\\\0"):
+        usable = isinstance(self.name, str) and self.name not in {"", ".", ".."}
+        if not usable or set(self.name) & set("/\\\0"):
             raise InputError(
                 f"a suite's name must be usable as a folder's, got name={self.name!r}."
             )
+        if not isinstance(self.model, nn.Module):
+            raise InputError(f"model must be a torch.nn.Module, got {_kind(self.model)}.")
         split_levels(self.model, self.levels)
         names: set[str] = set()
         for role in SPLITS:
-            tasks = tuple(getattr(self, f"{role}_tasks"))
+            tasks = getattr(self, f"{role}_tasks")
+            if not isinstance(tasks, Iterable):
+                hint = " Put it in a list." if isinstance(tasks, Task) else ""
+                raise InputError(f"{role}_tasks must be a list of rlhf_ray.Task, got "
+                                 f"{_kind(tasks)}.{hint}")  # fmt: skip
+            tasks = tuple(tasks)
             object.__setattr__(self, f"{role}_tasks", tasks)
             if role == "train" and not tasks:  # a search wants all three, and says so
                 raise InputError(f"suite {self.name!r} must have train tasks, got none.")

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,17 @@ from rlhf_ray.process import RewardWeights
         ({"algorithm": "dqm"}, "algorithm must be one that exists.*Did you mean 'dqn'"),
         ({"observation": ("figures", "colour")}, "observation group must be one that exists"),
         ({"observation": ("tabular", "level")}, "'tabular' stands alone"),
+        ({"observation": None}, r"observation must be strings, got observation=\(None,\)"),
+        ({"algorithm": None}, "algorithm must be a string, got algorithm=None"),
+        ({"baselines": None}, r"baselines must be strings, got baselines=\(None,\)"),
+        ({"schedule": "no"}, "schedule must be True or False, got schedule='no'"),
+        ({"storage_path": None}, "storage_path must be a string, got storage_path=None"),
+        ({"address": 6379}, "address must be a string, or None, got address=6379"),
+        ({"rllib": ["lr=1"]}, r"rllib must be a mapping of names to values, got rllib=\['lr=1'\]"),
+        ({"alpha": "x"}, "alpha must be a number, got alpha='x'"),
+        ({"learning_rates": 0.1}, "learning_rates must be three numbers .*got learning_rates=0.1"),
+        ({"learning_rates": ("a", 1, 2)}, "learning_rates must be three numbers"),
+        ({"name": 3}, "name must be a string, or None, got name=3"),
         ({"alpha": 0.0}, r"alpha must lie in \(0, 1\], got alpha=0.0"),
         ({"only_operations": ("train_mod",)}, "operation must be .*Did you mean 'train_mid'"),
         ({"algorithm": "ppo", "epsilon": 0.1}, "epsilon must be left out for ppo.*entropy_coeff"),
@@ -61,6 +74,11 @@ def test_one_value_counts_as_a_sweep_of_one() -> None:
     config = SearchConfig(gamma=0.5, epsilon=[0.1, 0.2], observation="figures")  # type: ignore[arg-type]
     assert config.gamma == (0.5,) and config.epsilon == (0.1, 0.2)
     assert config.observation == ("figures",)
+
+
+def test_paths_count_as_strings() -> None:
+    config = SearchConfig(storage_path=Path("a") / "b", mlflow=Path("c"))  # type: ignore[arg-type]
+    assert (config.storage_path, config.mlflow) == (os.path.join("a", "b"), "c")
 
 
 def test_words_stand_for_numbers_where_they_may() -> None:

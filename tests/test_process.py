@@ -1,5 +1,5 @@
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from synthetic import SyntheticStages, price, spec_of
 
 from rlhf_ray.errors import InputError
-from rlhf_ray.operations import Align, Skip, Stop, Train, default_operations
+from rlhf_ray.operations import Align, Operation, Skip, Stop, Train, default_operations
 from rlhf_ray.process import (
     ProcessSettings,
     RewardWeights,
@@ -256,6 +256,33 @@ def test_settings_and_operations_out_of_range_are_refused():
         spec_of(2, operations=(train, Skip()))
     with pytest.raises(InputError, match="names of their own"):
         spec_of(2, operations=(train, train, Stop()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gives(Operation):
+    """An operation of a user's own, with whatever levels."""
+
+    found: object
+
+    def levels(self, level, n_levels):
+        return self.found if level else (0,)
+
+    def run(self, session):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("found", [1, [1], (2,), (-1,), (1, 0), (0, 0), (True,), ("1",), None])
+def test_levels_of_own_operations_must_be_those_there_are(found):
+    with pytest.raises(InputError, match=r"'own' must give a tuple .* in \[0, 1\].*for level=1"):
+        spec_of(2, operations=(Gives(name="own", found=found), Stop()))
+    spec_of(1, operations=(Gives(name="own", found=found), Stop()))  # level 1 is none of it
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -0.5, "1"])
+def test_scales_out_of_range_are_refused(scale):
+    scaled = Train(name="t", learning_rate=1e-3, level_scales=(scale,))
+    with pytest.raises(InputError, match="level_scales must be finite and >= 0, got level_scales="):
+        spec_of(1, operations=(scaled, Stop()))
 
 
 @pytest.mark.parametrize(

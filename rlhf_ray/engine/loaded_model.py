@@ -8,7 +8,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from rlhf_ray.engine.activations import ActivationCache
 from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
 from rlhf_ray.engine.splits import SplitData, Splits
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.levels import split_levels
 from rlhf_ray.outcomes import PRETRAINED, LevelState
 from rlhf_ray.tasks import Inputs, Loss, Suite, Task, call_model, loss_on, map_inputs, n_examples
@@ -59,6 +59,10 @@ class EngineSettings:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("device", "precision"):
+            value, valid = getattr(self, name), get_args(get_type_hints(EngineSettings)[name])
+            if value not in valid:
+                raise unknown_name(name, str(value), valid)
         for name in ("val_size", "probe_size", "reference_steps", "reference_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")

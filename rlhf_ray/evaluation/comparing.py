@@ -49,6 +49,7 @@ def run_baselines(
             directions.
         FailedStageError: a task's start, or a report on its test split, fails.
     """
+    check_kinds(suite, config)
     config = with_defaults(config or SearchConfig(), suite.defaults)
     chosen = [suite.task(name).name for name in tasks or [t.name for t in suite.test_tasks]]
     metric = common_metric(suite)
@@ -83,6 +84,18 @@ def run_baselines(
         n, first = len(stages.failures), stages.failures[0]
         progress(f"{n} stages failed and count as diverged; the first: {first}")
     return replace(results, failures=stages.failures)
+
+
+def check_kinds(suite: object, config: object) -> None:
+    """Raises InputError unless they are a suite and a configuration, or None for the default."""
+    given = [("suite", suite, Suite)]
+    given += [] if config is None else [("config", config, SearchConfig)]
+    for name, value, kind in given:
+        if not isinstance(value, kind):
+            raise InputError(
+                f"{name} must be a rlhf_ray.{kind.__name__}, got a {type(value).__name__}. "
+                f"Make one: rlhf_ray.{kind.__name__}(...)."
+            )
 
 
 def common_metric(suite: Suite) -> Metric:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.observations import Observer
 from rlhf_ray.policies.policy import Policy
 from rlhf_ray.policies.searching import guided
-from rlhf_ray.process import ProcessSettings, ProcessSpec, State, Step
+from rlhf_ray.process import ProcessSettings, ProcessSpec, State, Step, check_operations
 from rlhf_ray.tasks import Metric, Suite, Task
 from rlhf_ray.tree.stage_tree import LocalStages
 
@@ -83,7 +84,7 @@ def finetune(
     model: nn.Module,
     levels: Mapping[str, Sequence[str]],
     task: Task,
-    policy: Policy,
+    policy: Policy | str | Path,
     *,
     replica: int = 0,
     search_stages: int = 0,
@@ -97,7 +98,7 @@ def finetune(
         model: the pretrained model; left as it is.
         levels: level name -> module names, as the policy was learned with.
         task: what to adapt to; decisions use its val split, at most `val_size` examples of it.
-        policy: from a search, or `Policy.load(path)`.
+        policy: from a search, or where one was saved (see `Policy.load`).
         replica: seed of the batches drawn, >= 0. Same replica, same result.
         search_stages: stages to try beyond those that the policy decides on, >= 0: what its values
             promise most, anywhere on the way. The best val metric that is met is returned.
@@ -110,18 +111,27 @@ def finetune(
         The tuned model with its figures and what was done.
 
     Raises:
-        InputError: the policy was made for other levels, operations or features, or the model
-            cannot take the task's data; a search with a policy that has no values.
+        InputError: there is no such policy, or it was made for other levels, operations or
+            features, or the model cannot take the task's data; a search with a policy that has no
+            values.
         FailedStageError: the evaluation of the start, or of a test split, fails.
     """
     for name, value in {"replica": replica, "search_stages": search_stages}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"{name} must be a whole number >= 0, got {name}={value!r}.")
+    if isinstance(policy, str | Path):
+        policy = Policy.load(policy)
+    for name, value, kind in (("task", task, Task), ("policy", policy, Policy)):
+        if not isinstance(value, kind):
+            raise InputError(
+                f"{name} must be a rlhf_ray.{kind.__name__}, got a {type(value).__name__}."
+            )
     suite = Suite(
         name="finetune", model=model, levels=levels, train_tasks=[task], val_tasks=[], test_tasks=[]
     )
     assert isinstance(task.metric, Metric)
-    chosen = tuple(operations or operations_from_json(policy.operations))
+    chosen = operations or operations_from_json(policy.operations)
+    check_operations(chosen, len(levels))
     process = policy.metadata["process"]
     observer = Observer(
         groups=tuple(process["groups"]),

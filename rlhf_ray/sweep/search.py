@@ -14,7 +14,7 @@ from rlhf_ray.engine.support import supported
 from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.evaluation.baselines import baselines_for
-from rlhf_ray.evaluation.comparing import common_metric
+from rlhf_ray.evaluation.comparing import check_kinds, common_metric
 from rlhf_ray.evaluation.exhaustive import prefill
 from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
 from rlhf_ray.operations import Operation, operation_as_json
@@ -82,6 +82,7 @@ def search(
     """
     if max_minutes is not None and not max_minutes > 0:
         raise InputError(f"max_minutes must be > 0, got max_minutes={max_minutes}.")
+    check_kinds(suite, config)
     config = with_defaults(config or SearchConfig(), suite.defaults)
     ground = prepare(suite, config, operations)
     storage = open_storage(config.storage_path, check=True)
@@ -233,6 +234,8 @@ def prepare(
     baselines_for(config.baselines, tuple(suite.levels))
     check_observation(config)
     check_extras(config)
+    if operations:
+        check_operations(operations, len(suite.levels))
     wanted = [operation.name for operation in operations or ()] or config.only_operations
     chosen, left_out = supported(suite, operations or config.operations(), asked=wanted)
     check_operations(chosen, len(suite.levels))

@@ -86,7 +86,7 @@ def active_policy() -> Policy:
     raise AssertionError("no seed acts")
 
 
-def run(chosen: Policy, model: nn.Module | None = None, **options: Any) -> FineTuned:
+def run(chosen: Policy | str | Path, model: nn.Module | None = None, **options: Any) -> FineTuned:
     return finetune(model or small_suite().model, LEVELS, task(), chosen, **options)
 
 
@@ -213,9 +213,32 @@ def test_data_the_model_cannot_take_is_refused(active: Policy) -> None:
 def test_replica_and_device_are_checked(active: Policy) -> None:
     with pytest.raises(InputError, match="replica must be a whole number >= 0, got replica=-1"):
         run(active, replica=-1)
+    with pytest.raises(InputError, match="device must be one that exists, got device='gpu'"):
+        run(active, device="gpu")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="cuda"):
             run(active, device="cuda")
+
+
+def test_policy_may_be_a_path(tmp_path: Path, active: Policy) -> None:
+    active.save(tmp_path)
+    expected = [step["operation"] for step in run(active).trace]
+    for path in (tmp_path, str(tmp_path)):
+        assert [step["operation"] for step in run(path).trace] == expected
+    with pytest.raises(InputError, match="a policy must be a directory with"):
+        run(tmp_path / "none")
+
+
+def test_arguments_of_another_kind_are_refused(active: Policy) -> None:
+    model = small_suite().model
+    with pytest.raises(InputError, match=r"task must be a rlhf_ray\.Task, got a Policy"):
+        finetune(model, LEVELS, active, task())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"policy must be a rlhf_ray\.Policy, got a NoneType"):
+        finetune(model, LEVELS, task(), None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"operations must hold rlhf_ray.Operation, got 'skip'"):
+        run(active, operations=["skip"])
+    with pytest.raises(InputError, match=r"operations must be a list of .*, got 'skip'"):
+        run(active, operations="skip")
 
 
 def test_fine_tuning_needs_no_ray(tmp_path: Any, active: Policy) -> None:

@@ -214,10 +214,18 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
     for operations, match in (
         ((scaled, Stop()), "level_scales must hold one factor per trained level, got 2"),
         ((scaled,), "operations must hold one Stop"),
+        (["skip"], "operations must hold rlhf_ray.Operation, got 'skip'"),
+        (Stop(), r"operations must be a list of rlhf_ray.Operation, got Stop\(name='stop'\)"),
         ((Skip(), Stop()), r"must hold one that changes the model, got \['skip', 'stop'\]"),
     ):
         with pytest.raises(InputError, match=match):
             search(suite, asked, operations=operations)
+    with pytest.raises(InputError, match=r"config must be a rlhf_ray.SearchConfig, got a dict"):
+        search(suite, {"episodes": 3})  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match=r"suite must be a rlhf_ray.Suite, got a Sequential\. Make"
+    ):
+        search(suite.model)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_minutes must be > 0, got max_minutes=0"):
         search(suite, asked, max_minutes=0)
     assert list(tmp_path.iterdir()) == []
