@@ -189,7 +189,10 @@ class Storage:
             back = self.read_bytes(name)
             self.delete(name)
         except StorageError as error:
-            raise InputError(f"{error} Give another storage path.") from error
+            raise InputError(
+                f"the storage path must be writable, got {self.shown!r}: {self._reason(error)}. "
+                "Give another storage path."
+            ) from error
         if back != name.encode():
             raise InputError(
                 f"the storage path must give back what was written, got {self.shown!r}."
@@ -234,6 +237,13 @@ class Storage:
             return self._root
         return f"{self._root.rstrip('/')}/{_checked(name)}"
 
+    def _reason(self, error: StorageError) -> str:
+        """Why a file cannot be had, without its name where the system's own words will do."""
+        cause = error.__cause__
+        if self.is_local and isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno)
+        return _first_line(cause if isinstance(cause, Exception) else error)
+
     def _error(self, what: str, name: str, error: OSError) -> StorageError:
         reason = _first_line(error)
         return StorageError(f"{name!r} must be {what} under {self.shown!r}, got: {reason}.")
@@ -256,6 +266,8 @@ def open_storage(location: str | Path, *, check: bool = False) -> Storage:
     try:
         if "://" in text:
             filesystem, root = fs.FileSystem.from_uri(text)
+            if not root:
+                raise ValueError("it names no bucket")
         else:
             filesystem, root = fs.LocalFileSystem(), Path(text).expanduser().absolute().as_posix()
     except (pa.ArrowException, OSError, ValueError) as error:

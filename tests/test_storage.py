@@ -91,14 +91,16 @@ def test_check_makes_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_check_unwritable_path_says_so_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"must be written under .*file") as caught:
+    with pytest.raises(
+        InputError, match=r"must be writable, got .*file/runs': Not a dir.*\. Give"
+    ) as caught:
         open_storage(tmp_path / "file" / "runs", check=True)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "probe" not in str(caught.value)
     with pytest.raises(StorageError, match="must be written"):
         open_storage(tmp_path / "file").write_bytes("x", b"")
 
 
-@pytest.mark.parametrize("location", ["", "nope://x/y", "a\0b"])
+@pytest.mark.parametrize("location", ["", "nope://x/y", "a\0b", "s3://", "gs://", "s3://?x=1"])
 def test_open_bad_location(location: str) -> None:
     with pytest.raises(InputError, match="storage path must be a folder or a URI"):
         open_storage(location)

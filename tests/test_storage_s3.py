@@ -66,7 +66,7 @@ def test_files_written_read_listed_deleted(uri: str) -> None:
 
 
 def test_bucket_that_is_not_there_is_refused_without_the_keys(bucket: str) -> None:
-    with pytest.raises(InputError, match="must be written under 's3://none/x'") as caught:
+    with pytest.raises(InputError, match="must be writable, got 's3://none/x'") as caught:
         open_storage(bucket.replace("@runs/FOLDER", "@none/x"), check=True)
     assert SECRET not in str(caught.value)
 
