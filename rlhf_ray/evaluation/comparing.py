@@ -63,7 +63,7 @@ def run_baselines(
         config.process_settings(),
     )
     store = TreeStore(open_storage(config.storage_path, check=True))
-    stages = TolerantStages(LocalStages(engine, store))
+    stages = TolerantStages(LocalStages(engine, store, retry=False))
     results = run_on(
         spec,
         stages,

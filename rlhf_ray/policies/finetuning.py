@@ -144,7 +144,7 @@ def finetune(
     )
     spec = process_spec(tuple(levels), chosen, engine, task.metric, observer, settings)
     policy.check(spec.levels, [operation_as_json(o) for o in chosen], observer.names(spec))
-    tree = LocalStages(engine)
+    tree = LocalStages(engine, retry=False)
     stages = TolerantStages(tree)
     search_cost = 0.0
     if search_stages:

@@ -109,6 +109,8 @@ class LocalStages:
             Random draws, and so the outcomes, are those of a shared tree.
         replay_only: refuse what is not in the tree instead of carrying it out.
         memory_bytes: limit of level states kept in memory.
+        retry: False: a stage that failed is not tried again. Its error is the answer to every
+            later request for it, or for what goes on from it.
     """
 
     def __init__(
@@ -119,11 +121,15 @@ class LocalStages:
         share: bool = True,
         replay_only: bool = False,
         memory_bytes: int = 2**30,
+        retry: bool = True,
     ) -> None:
         self.engine = engine
         self.store = store if share else None
         self.share = share
         self.replay_only = replay_only
+        self.retry = retry
+        self.failures: dict[str, str] = {}
+        """Key of a request not to be tried again -> why it failed; no error, which holds frames."""
         self.states = StateCache(memory_bytes)
         self._known: dict[str, dict[str, Outcome]] = {}
 
@@ -218,7 +224,14 @@ class _Call:
             return known
         if self._stages.replay_only:
             raise not_in_tree(request)
-        outcome, states = self._run(request)
+        if key in self._stages.failures:
+            raise FailedStageError(self._stages.failures[key])
+        try:
+            outcome, states = self._run(request)
+        except FailedStageError as error:
+            if not self._stages.retry:
+                self._stages.failures[key] = str(error)
+            raise
         self._executed.add(key)
         if request.kind == "stage" and request.path:
             self._carried_out.append(key)

@@ -15,7 +15,7 @@ from rlhf_ray.storage import open_storage
 from rlhf_ray.tasks import Suite, Task
 from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.store import TreeStore
-from rlhf_ray.tree.tally import Tally
+from rlhf_ray.tree.tally import TalliedStages, Tally
 
 
 def tree(folder: Path, **options: int | None) -> TreeStore:
@@ -149,6 +149,23 @@ def test_engine_failure_names_the_stage_and_leaves_the_tree_usable(tmp_path: Pat
     assert "\n" not in str(caught.value)
     (tmp_path / "fail").unlink()
     assert stages.outcome(request(0, 2, task=1)).executed
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_failed_stage_is_tried_once_for_all_that_goes_on_from_it(
+    tmp_path: Path, retry: bool
+) -> None:
+    stages = local(tmp_path, tree(tmp_path), retry=retry)
+    (tmp_path / "fail").write_text("task0")
+    tally = Tally()
+    tolerant = TalliedStages(stages, tally)
+    answers = [tolerant.outcome(request(*levels)) for levels in ((0, 1, 2), (0,), (0, 1), (0, 2))]
+    assert all(answer.outcome.diverged for answer in answers) and tally.failed == 4
+    assert "[train@0] of task 'task0'" in tally.failure
+    assert (len(ran(tmp_path)) == 1) == (not retry)
+    (tmp_path / "fail").unlink()
+    assert tolerant.outcome(request(1)).outcome.diverged is False
+    assert tolerant.outcome(request(0)).outcome.diverged is not retry
 
 
 def test_replay_only_refuses_what_is_not_there(tmp_path: Path) -> None:
