@@ -330,7 +330,7 @@ def test_list_shows_the_sweeps(tmp_path, capsys):
     assert launch.main(["--list", "--storage-path", str(tmp_path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["one", "small", "finished", "3/3", "0.884"] in rows
-    assert ["two", "small", "interrupted", "0/3", "-"] in rows
+    assert ["two", "small", "running", "0/3", "-"] in rows
     assert launch.main(["--list", "--json", "--storage-path", str(tmp_path)]) == 0
     assert [s["name"] for s in json.loads(capsys.readouterr().out)] == ["one", "two"]
 

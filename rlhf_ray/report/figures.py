@@ -62,7 +62,7 @@ def result_html(result: "SearchResult") -> str:
         higher_is_better=bool(about["higher_is_better"]),
     )
     done = sum(trial["status"] == "done" for trial in result.trials)
-    state = f"{result.sweep['state']}; {done} of {len(result.trials)} trials judged"
+    state = f"{result.state}; {done} of {len(result.trials)} trials judged"
     front = result.front().drop(columns=["status", "on_front"])
     return (
         f"<b>{escape(result.name)}</b> ({escape(state)})<br>{escape(said)}"

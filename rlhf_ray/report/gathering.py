@@ -21,6 +21,7 @@ from rlhf_ray.sweep.results import (
     SCHEDULE_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
+    state_of,
     trial_folder,
 )
 
@@ -77,6 +78,7 @@ class Gatherer:
         if not sweep:
             where = self._storage.shown
             raise InputError(f"a sweep must be there, got {self._name!r} under {where!r}.")
+        sweep = {**sweep, "state": state_of(self._storage, self._name, sweep)}
         progress, summary = self._read(PROGRESS_FILE), self._read(SUMMARY_FILE)
         trials = self._trials(sweep, progress)
         done = [trial for trial in trials if trial["status"] == "done"]

@@ -62,10 +62,10 @@ def driver_lock(storage: Storage, sweep: str) -> Iterator[None]:
         storage.delete(name)
 
 
-def has_driver(storage: Storage, sweep: str) -> bool:
-    """Whether a driver that lives holds a sweep."""
+def driver_died(storage: Storage, sweep: str) -> bool:
+    """Whether a sweep's lock was left behind: its driver could not say that it ended."""
     holder = storage.read_json(f"{sweep}/{LOCK_FILE}")
-    return isinstance(holder, dict) and _alive(holder)
+    return isinstance(holder, dict) and not _alive(holder)
 
 
 def _alive(holder: dict[str, Any]) -> bool:

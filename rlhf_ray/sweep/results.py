@@ -17,7 +17,7 @@ from rlhf_ray.evaluation.judging import front
 from rlhf_ray.policies.policy import BEST_POLICY as BEST_POLICY  # a name of the layout above
 from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
 from rlhf_ray.storage import Storage, open_storage
-from rlhf_ray.sweep.driver_lock import has_driver
+from rlhf_ray.sweep.driver_lock import driver_died
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -111,14 +111,8 @@ class SearchResult:
 
     @property
     def state(self) -> str:
-        """One of "running", "interrupted", "failed" and "finished".
-
-        A sweep whose driver died could not say so: its record has it running, but nothing drives
-        it.
-        """
-        state = self.sweep["state"]
-        died = state == "running" and not has_driver(self._storage, self.name)
-        return "interrupted" if died else state
+        """One of "running", "interrupted", "failed" and "finished"."""
+        return state_of(self._storage, self.name, self.sweep)
 
     @property
     def finished(self) -> bool:
@@ -216,6 +210,12 @@ class SearchResult:
     @property
     def _higher_is_better(self) -> bool:
         return self.sweep["metric"]["higher_is_better"]
+
+
+def state_of(storage: Storage, name: str, sweep: Mapping[str, Any]) -> str:
+    """A sweep's state by its record; a driver that was killed could not say so in it."""
+    died = sweep["state"] == "running" and driver_died(storage, name)
+    return "interrupted" if died else sweep["state"]
 
 
 def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
