@@ -93,10 +93,12 @@ def _apply(arguments: list[str]) -> int:
 def _finetune(
     options: ApplyOptions, suite_options: SuiteOptions, output: Path | None, terminal: Terminal
 ) -> dict[str, Any]:
+    from rlhf_ray.engine.loaded_model import EngineSettings
     from rlhf_ray.policies.finetuning import finetune
     from rlhf_ray.policies.policy import Policy
     from rlhf_ray.storage import open_storage
 
+    EngineSettings(device=options.device)  # loading the suite may pretrain for minutes
     policy = Policy.load(options.policy)
     terminal.message(f"policy  {options.policy}: made for levels {', '.join(policy.levels)}")
     kept = str(open_storage(options.storage_path).local_path() or ApplyOptions.storage_path)

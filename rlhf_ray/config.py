@@ -87,7 +87,7 @@ class SearchConfig:
         steps: optimizer steps per stage, >= 1; None: one epoch.
         batch_size: examples per step, >= 1.
         optimizer: "adam" or "sgd".
-        learning_rates: low, middle, high, each > 0; None: the optimizer's own.
+        learning_rates: low, middle, high, ascending, > 0; None: the optimizer's own.
         keep_optimizer_state: a level's optimizer goes on where its last stage left it.
         utility_cost: a of the utility `metric - a * cost - b * switches`, per full stage, >= 0.
         utility_switch: b of the utility, per level of distance, >= 0.
@@ -381,6 +381,12 @@ def _check(config: SearchConfig) -> None:
             "share_experience must go with share and an algorithm that learns off-policy, got "
             f"algorithm={config.algorithm}, share={config.share}. Take dqn or q-learning, and "
             "leave share on."
+        )
+    if not config.share and (config.replay_only or config.prefill):
+        raise InputError(
+            "share must be on where the tree is prefilled or only replayed, got share=False, "
+            f"prefill={config.prefill}, replay_only={config.replay_only}: nothing is looked up in "
+            "the tree then. Leave one out."
         )
     warm_up, decay_fraction = _number(config, "warm_up"), _number(config, "decay_fraction")
     if not 0 <= (warm_up or 0) <= (decay_fraction or 0) <= 1:

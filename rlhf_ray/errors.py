@@ -50,3 +50,11 @@ def unknown_name(what: str, name: str, valid: Iterable[str]) -> InputError:
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     hint = f"Did you mean {near[0]!r}?" if near else f"Valid: {shown}."
     return InputError(f"{what} must be one that exists, got {what}={name!r}. {hint}")
+
+
+def check_whole(name: str, value: object, *, at_least: int) -> None:
+    """Raises InputError unless a setting's value is a whole number of some size."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name} must be a whole number, got {name}={value!r}.")
+    if value < at_least:
+        raise InputError(f"{name} must be at least {at_least}, got {name}={value}.")

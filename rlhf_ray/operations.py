@@ -443,6 +443,8 @@ def default_operations(
     rates = tuple(learning_rates or LEARNING_RATES[optimizer])
     if len(rates) != 3:
         raise InputError(f"learning_rates must be three (low, middle, high), got {rates}.")
+    if not rates[0] < rates[1] < rates[2]:
+        raise InputError(f"learning_rates must ascend (low, middle, high), got {rates}.")
 
     def train(name: str, learning_rate: float, scope: Scope) -> Train:
         return Train(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 
 from rlhf_ray.commands.terminal import WIDTH, printable
-from rlhf_ray.errors import InputError, RlhfRayError, unknown_name
+from rlhf_ray.errors import InputError, RlhfRayError, check_whole, unknown_name
 
 if TYPE_CHECKING:
     from rlhf_ray.tasks import Suite
@@ -57,6 +57,20 @@ class SuiteOptions:
     suite_seed: int = 0
     fold: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("n_train_tasks", "n_val_tasks", "n_test_tasks"):
+            check_whole(name, getattr(self, name), at_least=1)
+        check_whole("suite_seed", self.suite_seed, at_least=0)
+        if self.fold not in (0, 1, 2):
+            raise InputError(f"fold must be 0, 1 or 2, got fold={self.fold}.")
+        takes = {"suite", "data_root", "suite_seed"} if self.suite == "mnist-seed" else {"suite"}
+        idle = [flag_of(name) for name in self._changed() if name not in takes]
+        if idle and (":" in self.suite or self.suite == "mnist-seed"):
+            raise InputError(
+                f"the suite's flags must be those that it takes, got {' '.join(idle)} with "
+                f"--suite {self.suite}, which makes its tasks by itself. Leave them out."
+            )
+
     def load(self, storage_path: str | None, progress: Callable[[str], None]) -> "Suite":
         """The suite; pretrained weights are kept under the storage path, if one is given."""
         from rlhf_ray.suites import load_suite
@@ -75,12 +89,12 @@ class SuiteOptions:
 
     def changed_flags(self) -> list[str]:
         """The arguments that give these options again: those that are not at their defaults."""
-        arguments = []
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                arguments += [flag_of(f.name), str(value)]
-        return arguments
+        changed = self._changed().items()
+        return [word for name, value in changed for word in (flag_of(name), str(value))]
+
+    def _changed(self) -> dict[str, Any]:
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,6 +193,15 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}"
 
 
+def counted(amount: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "trial"), counted(2000, "trial")
+    ('1 trial', '2,000 trials')
+    """
+    return f"{number(amount)} {noun}{'' if amount == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """A time as people read it.
 

@@ -8,14 +8,15 @@ the founding document.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import InputError, RlhfRayError, unknown_name
+from rlhf_ray.errors import InputError, RlhfRayError, check_whole, unknown_name
 from rlhf_ray.suites.generate import SplitSizes, make_tasks
 from rlhf_ray.suites.images import SOURCES
 from rlhf_ray.suites.pretrain import pretrained_cnn
+from rlhf_ray.suites.seed import DEFAULTS as SEED_DEFAULTS
 from rlhf_ray.suites.seed import mnist_seed_suite
 from rlhf_ray.suites.shifts import N_GROUPS
 from rlhf_ray.tasks import SPLITS, Suite
@@ -38,6 +39,19 @@ SUITES: dict[str, str] = {
     "mnist-seed": "the founding document's literal form: its reward sees the test images",
 }
 """Name -> one line about the suite."""
+
+
+def suite_defaults(name: str) -> Mapping[str, Any] | None:
+    """A built-in suite's own defaults, without loading it; None for another name.
+
+    >>> suite_defaults("digits"), suite_defaults("package.module:function")
+    ({}, None)
+    """
+    if name not in SUITES:
+        return None
+    if name == "mnist-seed":
+        return SEED_DEFAULTS
+    return FOUR_LEVELS_DEFAULTS if name.endswith("-4") else {}
 
 
 def load_suite(
@@ -65,7 +79,7 @@ def load_suite(
         n_train_tasks: tasks that policies learn on, >= 1; as many as wanted.
         n_val_tasks: tasks that the sweep is judged on, >= 1.
         n_test_tasks: tasks of the final report, >= 1.
-        seed: of the pools, the pretraining and the tasks.
+        seed: of the pools, the pretraining and the tasks, >= 0.
         fold: 0, 1 or 2; rotates which families of shifts are the test tasks' alone.
         progress: called with short lines for the user.
 
@@ -79,12 +93,12 @@ def load_suite(
         return _own_suite(name)
     if name not in SUITES:
         raise unknown_name("suite", name, SUITES)
+    check_whole("seed", seed, at_least=0)
     if name == "mnist-seed":
         return mnist_seed_suite(data_root=data_root, seed=seed)
     n_tasks = dict(zip(SPLITS, (n_train_tasks, n_val_tasks, n_test_tasks), strict=True))
     for role, number in n_tasks.items():
-        if number < 1:
-            raise InputError(f"a suite must have {role} tasks, got n_{role}_tasks={number}.")
+        check_whole(f"n_{role}_tasks", number, at_least=1)
     if fold not in range(N_GROUPS):
         raise InputError(f"fold must be 0, 1 or 2, got fold={fold}.")
     source = name.removesuffix("-4")
@@ -112,7 +126,7 @@ def load_suite(
         val_tasks=tasks["val"],
         test_tasks=tasks["test"],
         source=pools.pretrain[0][:256].clone(),
-        defaults={} if source == name else FOUR_LEVELS_DEFAULTS,
+        defaults=suite_defaults(name) or {},
     )
 
 

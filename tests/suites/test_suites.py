@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import rlhf_ray.suites.images as images
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
-from rlhf_ray.suites import SUITES, load_suite
+from rlhf_ray.suites import SUITES, load_suite, suite_defaults
 from rlhf_ray.suites.pretrain import make_cnn
 from rlhf_ray.suites.seed import DEFAULTS, pooled_first
 from rlhf_ray.tasks import SPLITS, Suite
@@ -110,11 +111,25 @@ def test_unknown_suite_names_the_nearest(name: str, near: str) -> None:
         load_suite(name)
 
 
-def test_numbers_out_of_range_are_refused() -> None:
-    with pytest.raises(InputError, match="n_val_tasks=0"):
-        load_suite("digits", n_val_tasks=0)
-    with pytest.raises(InputError, match="fold=3"):
-        load_suite("digits", fold=3)
+@pytest.mark.parametrize(
+    ("number", "match"),
+    [
+        ({"n_val_tasks": 0}, "n_val_tasks must be at least 1, got n_val_tasks=0"),
+        ({"n_train_tasks": 2.5}, "n_train_tasks must be a whole number, got n_train_tasks=2.5"),
+        ({"seed": -1}, "seed must be at least 0, got seed=-1"),
+        ({"fold": 3}, "fold=3"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(number: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        load_suite("digits", **number)
+
+
+def test_defaults_are_known_before_a_suite_is_loaded(digits: Suite) -> None:
+    assert suite_defaults("digits") == digits.defaults == {}
+    assert set(suite_defaults("mnist-4") or ()) == {"learning_rates"}
+    assert (suite_defaults("mnist-seed") or {})["algorithm"] == "q-learning"
+    assert suite_defaults("package.module:function") is None
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist-4", "mnist-seed"])
