@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.commands import command_line
 from rlhf_ray.commands.command_line import OK, TRIALS_FAILED, Flag, SuiteOptions
-from rlhf_ray.commands.terminal import Terminal, duration, number
-from rlhf_ray.config import SearchConfig, with_defaults
+from rlhf_ray.commands.terminal import Terminal, counted, duration, number
+from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "sweep": (
         "gamma", "epsilon", "tuning_cost_weight", "switch_cost_weight", "num_samples",
         "algorithm", "controller", "alpha", "episodes", "warm_up", "decay_fraction", "explore_by",
-        "persistence", "counterfactuals", "relearn", "share_experience", "seed", "replicas",
-        "rllib",
+        "persistence", "schedule", "adherence", "counterfactuals", "relearn", "share_experience",
+        "seed", "replicas", "rllib",
     ),
     "episode": (
         "horizon", "budget", "performance", "cost", "start", "observation", "only_operations",
@@ -135,6 +135,8 @@ def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> i
     if options.version:
         print(_versions())
         return OK
+    if options.list:
+        _check_list(arguments)
     stdout = sys.stdout
     with contextlib.ExitStack() as stack:
         if options.json:  # what suites or libraries print must not come between
@@ -143,7 +145,7 @@ def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> i
         if options.list:
             answer, status = _list(config, terminal), OK
         elif options.dry_run:
-            answer, status = _dry_run(suite_options, config, terminal), OK
+            answer, status = _dry_run(options, suite_options, config, terminal), OK
         else:
             again = _again(arguments)
             answer, status = _search(options, suite_options, config, terminal, again, on_sweep)
@@ -168,30 +170,32 @@ def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
     return sweeps
 
 
-def _dry_run(options: SuiteOptions, config: SearchConfig, terminal: Terminal) -> dict[str, Any]:
-    _check_baselines(config)
+def _dry_run(
+    options: LaunchOptions, suite_options: SuiteOptions, config: SearchConfig, terminal: Terminal
+) -> dict[str, Any]:
+    _say_loading(terminal)
+    _check_before_loading(suite_options, config)
     with _scratch_copy(config.storage_path) as scratch:
-        suite = options.load(scratch, terminal.message)
+        suite = suite_options.load(scratch, terminal.message)
     from rlhf_ray.sweep.search import plan
 
     config = with_defaults(config, suite.defaults)
-    planned = plan(suite, config, timed=True)
+    terminal.message("timing each operation")
+    planned = plan(suite, config, fresh=options.fresh, timed=True)
     _show_header(terminal, suite, config, planned)
-    highest, distinct = planned.n_stages_estimate
-    needed_s = planned.seconds_estimate
-    terminal.message(
-        f"At most {number(highest)} stages to learn, about {number(distinct)} of them distinct; "
-        + ("time not measured." if needed_s is None else f"about {duration(needed_s)} for them.")
-    )
+    terminal.message(_prospect(planned, config, fresh=options.fresh))
     for trial in planned.trials:
         terminal.message("  " + ", ".join(f"{name} {value}" for name, value in trial.items()))
     terminal.message("Nothing was run and nothing written.")
+    highest, carried_out = planned.n_stages_estimate
     return {
         "directory": str(planned.directory),
+        "state": planned.state,
         "trials": planned.trials,
+        "trials_done": planned.n_done,
         "stages_at_most": highest,
-        "stages_distinct": distinct,
-        "seconds": needed_s,
+        "stages_carried_out": carried_out,
+        "seconds": planned.seconds_estimate,
     }
 
 
@@ -207,14 +211,14 @@ def _search(
 
     check_extras(config)
     _check_storage(config.storage_path)
-    terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
+    _say_loading(terminal)
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", MENDED)  # read when Ray is imported
-    _check_baselines(config)
+    _check_before_loading(suite_options, config)
     suite = suite_options.load(_pretrained_at(config.storage_path), terminal.message)
     from rlhf_ray.sweep.search import plan, search
 
     config = with_defaults(config, suite.defaults)
-    planned = plan(suite, config)
+    planned = plan(suite, config, fresh=options.fresh)
     finished = planned.state == "finished" and not options.fresh
     _show_header(terminal, suite, config, planned)
     if on_sweep is not None:
@@ -237,6 +241,10 @@ def _search(
 # -- what the command shows ------------------------------------------------------------------------
 
 
+def _say_loading(terminal: Terminal) -> None:
+    terminal.message(f"rlhf_ray {version('rlhf_ray')}: loading torch, Ray and the suite")
+
+
 def _show_header(
     terminal: Terminal, suite: "Suite", config: SearchConfig, planned: "SearchPlan"
 ) -> None:
@@ -246,11 +254,35 @@ def _show_header(
     )
     terminal.message(f"suite    {suite.name}: levels {levels}; tasks {tasks}")
     terminal.message(
-        f"sweep    {len(planned.trials)} trials of {config.episodes} episodes with "
-        f"{config.algorithm}; at most {config.horizon} stages each; "
-        f"{config.judge_replicas} replica seeds"
+        f"sweep    {counted(len(planned.trials), 'trial')} of "
+        f"{counted(config.episodes, 'episode')} with {config.algorithm}; "
+        f"at most {counted(config.horizon, 'stage')} each; "
+        f"{counted(config.judge_replicas, 'replica seed')}"
     )
     terminal.show_lines(f"results  {planned.directory}")
+
+
+def _prospect(planned: "SearchPlan", config: SearchConfig, *, fresh: bool) -> str:
+    """What would be run, and for how long."""
+    highest, carried_out = map(number, planned.n_stages_estimate)
+    there, estimate = "", f"At most {highest} stages to learn, "
+    if planned.state != "new":
+        there = f"{planned.n_done} of {len(planned.trials)} trials are done"
+        there = f"A sweep of this name is there ({planned.state}; {there}): it would "
+        if not fresh and planned.state == "finished":
+            return f"{there}be shown again, not run; only baselines that it lacks would be."
+        there += "be started over. " if fresh else "go on from there. "
+        estimate = f"In all at most {highest} stages to learn, "
+    if config.replay_only:
+        return f"{there}{estimate}all of them from the tree: nothing new is carried out."
+    needed_s = planned.seconds_estimate
+    time = "time not measured" if needed_s is None else f"about {duration(needed_s)} for them"
+    if not config.share:
+        return f"{there}{estimate}each carried out, as nothing is shared; {time}."
+    return (
+        f"{there}{estimate}about {carried_out} of them distinct; {time}. "
+        "What the tree holds already is not carried out again."
+    )
 
 
 def _show_result(
@@ -354,6 +386,18 @@ def _flag_groups() -> dict[str, list[Flag]]:
     return {**groups, "other": other} if other else groups
 
 
+def _check_list(arguments: Sequence[str]) -> None:
+    """A list runs nothing: who gives it a run's flags thinks that it does."""
+    allowed = ("--list", "--storage-path", "--json", "--quiet")
+    given = [word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
+    idle = dict.fromkeys(flag for flag in given if flag not in allowed)
+    if idle:
+        raise InputError(
+            f"--list must stand alone or with {', '.join(allowed[1:])}, got {' '.join(idle)}. "
+            "Leave --list out to run."
+        )
+
+
 def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
     """Reads KEY=VALUE pairs; values are JSON, or text where they are not."""
     found: dict[str, Any] = {}
@@ -370,11 +414,16 @@ def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _check_baselines(config: SearchConfig) -> None:
-    """Checks what names no level before the suite is loaded, which may pretrain for minutes."""
+def _check_before_loading(options: SuiteOptions, config: SearchConfig) -> None:
+    """Checks all that hangs on no level or task: loading the suite may pretrain for minutes."""
     from rlhf_ray.evaluation.baselines import baselines_for
+    from rlhf_ray.suites import suite_defaults
 
     baselines_for([name for name in config.baselines if not name.startswith("level:")], levels=())
+    config.engine_settings()
+    defaults = suite_defaults(options.suite)
+    if defaults is not None:  # one's own suite may want another algorithm or observation
+        check_observation(with_defaults(config, defaults))
 
 
 def _check_storage(location: str) -> None:

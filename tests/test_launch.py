@@ -24,18 +24,20 @@ class FakeSweep:
 
     storage: Any
     state: str = "new"
+    seconds: float | None = 75.0
     written: dict[str, Any] = field(default_factory=dict)
     raises: BaseException | None = None
     called: dict[str, Any] = field(default_factory=dict)
     n_searches: int = 0
 
-    def plan(self, suite, config, *, timed=False):
+    def plan(self, suite, config, *, fresh, timed=False):
         return types.SimpleNamespace(
             directory=f"{self.storage}/small-1",
             state=self.state,
+            n_done=1,
             trials=[{"gamma": 0.9}, {"gamma": 0.99}],
             n_stages_estimate=(3840, 400),
-            seconds_estimate=75.0 if timed else None,
+            seconds_estimate=self.seconds if timed else None,
         )
 
     def search(self, suite, config, *, fresh, max_minutes, progress):
@@ -129,6 +131,16 @@ def test_version_names_the_packages(tmp_path):
         ("--rllib lr", "--rllib must be KEY=VALUE pairs, got 'lr'."),
         ("--name ../elsewhere", "name must be that of one folder"),
         ("--name tree", "name must be that of one folder"),
+        ("--suite-seed -1", "suite_seed must be at least 0, got suite_seed=-1."),
+        ("--n-train-tasks 0", "n_train_tasks must be at least 1, got n_train_tasks=0."),
+        ("--n-val-tasks 2.5", "--n-val-tasks must be N (tasks that"),
+        ("--fold 3", "fold must be 0, 1 or 2, got fold=3."),
+        ("--suite a:b --suite-seed 1 --fold 2", "got --suite-seed --fold with --suite a:b, which"),
+        ("--suite mnist-seed --n-test-tasks 3", "got --n-test-tasks with --suite mnist-seed"),
+        ("--learning-rates 0.01 0.001 0.1", "learning_rates must ascend (low, middle, high), got"),
+        ("--no-share --replay-only", "share must be on where the tree is prefilled or only"),
+        ("--no-share --prefill 2", "got share=False, prefill=2, replay_only=False"),
+        ("--list --fresh --gamma=0.5", "--json, --quiet, got --fresh --gamma. Leave --list out"),
         ("--suite digitz", "got suite='digitz'. Did you mean 'digits'?"),
         ("--suite nowhere:suite", "no module 'nowhere'"),
     ],
@@ -144,20 +156,38 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("mode", [[], ["--dry-run"]])
-def test_a_baseline_that_does_not_exist_is_refused_before_the_suite_is_loaded(
-    mode, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("mode", ["", " --dry-run"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--baselines level:any fixxed", "got baseline='fixxed'. Did you mean 'fixed'?"),
+        ("--algorithm q-learning", "got observation=all. Add --observation tabular."),
+        ("--suite digits-4 --algorithm q-learning", "got observation=all."),
+        ("--suite mnist-seed --controller single", "controller must be levels for q-learning"),
+        ("--precision bf16 --device cpu", "precision 'bf16' needs a CUDA device"),
+        ("--device cuda", "device must be there, got device='cuda'. Use 'auto' or 'cpu'."),
+    ],
+)
+def test_what_needs_no_suite_is_refused_before_it_is_loaded(
+    arguments, message, mode, tmp_path, monkeypatch, capsys
 ):
     loaded = []
     monkeypatch.setattr("rlhf_ray.suites.load_suite", lambda name, **_: loaded.append(name))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     storage = str(tmp_path / "runs")
-    status = launch.main(["--storage-path", storage, "--baselines", "level:any", "fixxed", *mode])
+    status = launch.main(["--storage-path", storage, *(arguments + mode).split()])
     error = capsys.readouterr().err
     assert (status, loaded) == (2, [])
-    assert error == (
-        "error: baseline must be one that exists, got baseline='fixxed'. Did you mean 'fixed'?\n"
-    )
+    assert error.count("\n") == 1
+    assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_an_own_suite_may_want_another_observation(sweep, monkeypatch):
+    suite = dataclasses.replace(small_suite(), defaults={"observation": ("tabular",)})
+    monkeypatch.setattr("rlhf_ray.suites.load_suite", lambda name, **_: suite)
+    assert run_main(sweep, "--suite", "small:made", "--algorithm", "q-learning") == 0
+    assert sweep.called["config"].observation == ("tabular",)
 
 
 def test_ray_keeps_to_itself_what_it_mends_by_itself(tmp_path):
@@ -194,7 +224,7 @@ def test_a_storage_path_that_cannot_be_written_is_refused_first(tmp_path, sweep,
 
 def test_flags_reach_the_search(sweep):
     arguments = (
-        "--gamma 0.5 --epsilon 0.1 0.3 --no-share --replay-only --num-workers 3 --prefill 2 "
+        "--gamma 0.5 --epsilon 0.1 0.3 --replay-only --num-workers 3 --prefill 2 "
         "--baselines lp_ft level:head --budget=2.5 --name mine --fresh --max-minutes 4 "
         '--concurrent_trials auto --rllib lr=0.0005 train_batch_size=64 note=a=b m={"x":[1]}'
     )
@@ -205,7 +235,6 @@ def test_flags_reach_the_search(sweep):
         storage_path=str(sweep.storage),
         gamma=(0.5,),
         epsilon=(0.1, 0.3),
-        share=False,
         replay_only=True,
         num_workers=3,
         prefill=2,
@@ -227,13 +256,14 @@ def test_a_suites_own_defaults_are_taken(sweep, monkeypatch):
 
 
 def test_a_run_shows_header_tables_comparison_and_commands(sweep, capsys):
-    assert run_main(sweep, "--suite", "small:made", "--n-test-tasks", "3") == 0
+    assert run_main(sweep, "--suite", "mnist", "--n-test-tasks", "3") == 0
     captured = capsys.readouterr()
     out, lines = captured.out, captured.out.splitlines()
     directory = str(sweep.storage / "small-1")
     assert captured.err == ""
     assert lines[0].startswith("rlhf_ray 0.")
     assert "suite    small: levels low, head; tasks 2 train, 1 val, 1 test" in lines
+    assert "sweep    2 trials of 64 episodes with dqn; at most 5 stages each; 3 replica" in out
     assert f"results  {directory}" in lines
     assert "sweep: 1/2 in 0 s; logical 10" in lines
     for title in ("Trials, judged", "Front of accuracy", "Methods on the test tasks"):
@@ -246,7 +276,7 @@ def test_a_run_shows_header_tables_comparison_and_commands(sweep, capsys):
     assert ["python", "-m", "rlhf_ray.report", directory, "--serve"] in commands
     assert [
         "python", "-m", "rlhf_ray.apply", "--policy", f"{directory}/best_policy",
-        "--suite", "small:made", "--n-test-tasks", "3", "--task", "test-0",
+        "--suite", "mnist", "--n-test-tasks", "3", "--task", "test-0",
         "--output", "tuned.safetensors", "--storage-path", str(sweep.storage),
     ] in commands  # fmt: skip
     free = [line for line in lines if directory not in line]
@@ -285,9 +315,9 @@ def test_a_sweep_without_a_policy_says_so(sweep, capsys):
 
 
 def test_the_page_is_told_how_the_suite_was_given(sweep):
-    assert run_main(sweep, "--suite", "small:made", "--n-test-tasks", "3") == 0
+    assert run_main(sweep, "--suite", "mnist", "--n-test-tasks", "3") == 0
     told = json.loads((sweep.storage / "small-1" / "suite_flags.json").read_text())
-    assert told == {"flags": ["--suite", "small:made", "--n-test-tasks", "3"]}
+    assert told == {"flags": ["--suite", "mnist", "--n-test-tasks", "3"]}
 
 
 def test_a_finished_sweep_is_said_to_be_shown_again(sweep, capsys):
@@ -321,6 +351,12 @@ def test_time_is_up(sweep, capsys):
     assert f"python -m rlhf_ray.launch --storage-path {sweep.storage} --max-minutes 1" in out
 
 
+def test_one_of_a_kind_is_not_in_the_plural(sweep, capsys):
+    assert run_main(sweep, *"--episodes 1 --horizon 1 --judge-replicas 1".split()) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 trials of 1 episode with dqn; at most 1 stage each; 1 replica seed " in out
+
+
 # -- list, dry run
 
 
@@ -343,9 +379,28 @@ def test_list_of_nothing_writes_nothing(tmp_path, capsys):
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, sweep, capsys):
     assert run_main(sweep, "--dry-run") == 0
-    out = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": loading torch, Ray and the suite")
+    out = " ".join(lines)
     assert "At most 3,840 stages to learn, about 400 of them distinct; about 1 min 15 s" in out
     assert "  gamma 0.99" in out
     assert (sweep.n_searches, list(tmp_path.iterdir())) == (0, [])
     assert run_main(sweep, "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["stages_at_most"] == 3840
+    told = json.loads(capsys.readouterr().out)
+    assert (told["stages_at_most"], told["stages_carried_out"]) == (3840, 400)
+
+
+@pytest.mark.parametrize(
+    ("state", "flags", "expected"),
+    [
+        ("finished", "", "(finished; 1 of 2 trials are done): it would be shown again, not run;"),
+        ("finished", "--fresh", "it would be started over. In all at most 3,840 stages"),
+        ("interrupted", "", "(interrupted; 1 of 2 trials are done): it would go on from there."),
+        ("new", "--replay-only", "stages to learn, all of them from the tree: nothing new is"),
+        ("new", "--no-share", "each carried out, as nothing is shared; about 1 min 15 s for"),
+    ],
+)
+def test_dry_run_says_what_is_there_and_what_is_carried_out(state, flags, expected, sweep, capsys):
+    sweep.state = state
+    assert run_main(sweep, "--dry-run", *flags.split()) == 0
+    assert expected in " ".join(capsys.readouterr().out.split())

@@ -15,10 +15,10 @@ from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.evaluation.baselines import baselines_for
 from rlhf_ray.evaluation.comparing import check_kinds, common_metric
-from rlhf_ray.evaluation.exhaustive import prefill
+from rlhf_ray.evaluation.exhaustive import distinct_steps, prefill
 from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
 from rlhf_ray.operations import Operation, operation_as_json
-from rlhf_ray.outcomes import StageRequest, StageStep
+from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.finetuning import process_spec
 from rlhf_ray.policies.schedules import moves
 from rlhf_ray.process import check_operations
@@ -145,26 +145,33 @@ class SearchPlan:
     Attributes:
         directory: the sweep's folder.
         state: "new", or of the sweep that is there: "running", "interrupted", "failed", "finished".
+        n_done: trials of the sweep that is there that are done.
         trials: the swept settings of each.
-        n_stages_estimate: stages that the schedule and training ask for at most, and how many
-            distinct ones that may be.
-        seconds_estimate: of the distinct stages on this machine's cores; None: not measured.
+        n_stages_estimate: stages that the schedule and training of the whole sweep ask for at
+            most, and how many of them may have to be carried out: the distinct ones, all where
+            nothing is shared, none where the tree is only replayed.
+        seconds_estimate: of those carried out on this machine's cores; None: not measured.
     """
 
     directory: str
     state: str
+    n_done: int
     trials: list[dict[str, float]]
     n_stages_estimate: tuple[int, int]
     seconds_estimate: float | None
 
 
-def plan(suite: Suite, config: SearchConfig | None = None, *, timed: bool = False) -> SearchPlan:
+def plan(
+    suite: Suite, config: SearchConfig | None = None, *, fresh: bool = False, timed: bool = False
+) -> SearchPlan:
     """What `search` would do with the same arguments; starts and writes nothing.
 
     Args:
         suite: as for `search`.
         config: as for `search`.
-        timed: carry out a full stage in this process, for an estimate of the time.
+        fresh: as for `search`.
+        timed: where there is something to run, carry out each operation in this process, for an
+            estimate of the time.
 
     Raises:
         InputError: as `search` does.
@@ -172,18 +179,32 @@ def plan(suite: Suite, config: SearchConfig | None = None, *, timed: bool = Fals
     config = with_defaults(config or SearchConfig(), suite.defaults)
     ground = prepare(suite, config)
     storage = open_storage(config.storage_path)
-    record = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
-    highest, distinct = _stages_estimate(ground)
+    there = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
+    earlier = SearchResult(storage, ground.name) if isinstance(there, dict) else None
+    if earlier and not fresh:
+        _check_same_sweep(earlier.sweep, ground)
+        timed = timed and not earlier.finished
+    highest, carried_out = _stages_estimate(ground)
+    per_stage_s = _seconds_per_stage(ground) if timed and carried_out else 0.0
     return SearchPlan(
         directory=f"{storage.shown.rstrip('/')}/{ground.name}",
-        state=record["state"] if isinstance(record, dict) else "new",
+        state=earlier.state if earlier else "new",
+        n_done=sum(trial["status"] == "done" for trial in earlier.trials) if earlier else 0,
         trials=[trial.values for trial in ground.trials],
-        n_stages_estimate=(highest, distinct),
-        seconds_estimate=distinct * _seconds_per_stage(ground) if timed else None,
+        n_stages_estimate=(highest, carried_out),
+        seconds_estimate=carried_out * per_stage_s if timed else None,
     )
 
 
 def _stages_estimate(ground: Ground) -> tuple[int, int]:
+    """Stages asked for at most, and about how many of them have to be carried out."""
+    highest, distinct = _stages_asked(ground)
+    if ground.config.replay_only:
+        return highest, 0
+    return highest, distinct if ground.config.share else highest
+
+
+def _stages_asked(ground: Ground) -> tuple[int, int]:
     """Stages asked for at most, and about how many of them are distinct."""
     config, n_trials = ground.config, len(ground.trials)
     n_tasks, n_levels = len(ground.suite.train_tasks), len(ground.suite.levels)
@@ -204,17 +225,16 @@ def _stages_estimate(ground: Ground) -> tuple[int, int]:
 
 
 def _seconds_per_stage(ground: Ground) -> float:
-    """Of every operation once on the first task, divided among the workers."""
+    """Of every stage that a level can ask for, on the first task, divided among the workers."""
     engine = Engine(ground.suite, ground.config.engine_settings())
     stages, task = LocalStages(engine), ground.suite.train_tasks[0].name
-    seconds = []
-    for operation in ground.operations:
-        for level in range(engine.n_levels):
-            levels = operation.levels(level, engine.n_levels)
-            if levels and operation.applies(level, engine.n_levels):
-                path = (StageStep(operation=operation, levels=levels),)
-                answer = stages.outcome(StageRequest(task=task, path=path))
-                seconds.append(answer.outcome.time_s)
+    steps = distinct_steps(ground.operations, engine.n_levels)
+    # the first replica takes what is done but once: tracing, choosing kernels, filling caches
+    _, measured = (
+        stages.outcomes([StageRequest(task=task, replica=replica, path=(step,)) for step in steps])
+        for replica in (0, 1)
+    )
+    seconds = [answer.outcome.time_s for answer in measured]
     n_workers = ground.config.num_workers
     return sum(seconds) / len(seconds) / (n_cores() if n_workers == "auto" else n_workers)
 
@@ -285,11 +305,7 @@ def _record_sweep(storage: Storage, ground: Ground) -> None:
     """Writes the sweep's record, or holds an earlier one of the name against this call."""
     earlier = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
     if isinstance(earlier, dict):
-        if earlier["identity"] != ground.identity:
-            raise InputError(
-                "a sweep's folder must belong to one suite and configuration, got "
-                f"name={ground.name!r}, which holds another. Give another --name, or --fresh."
-            )
+        _check_same_sweep(earlier, ground)
         return
     record = {
         "name": ground.name,
@@ -312,6 +328,14 @@ def _record_sweep(storage: Storage, ground: Ground) -> None:
         "created": time.time(),
     }
     storage.write_json(f"{ground.name}/{SWEEP_FILE}", record)
+
+
+def _check_same_sweep(earlier: Mapping[str, Any], ground: Ground) -> None:
+    if earlier["identity"] != ground.identity:
+        raise InputError(
+            "a sweep's folder must belong to one suite and configuration, got "
+            f"name={ground.name!r}, which holds another. Give another --name, or --fresh."
+        )
 
 
 def _set_state(storage: Storage, name: str, state: str) -> None:

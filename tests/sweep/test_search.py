@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,16 @@ from rlhf_ray.config import SearchConfig
 from rlhf_ray.engine.support import supported
 from rlhf_ray.errors import InputError
 from rlhf_ray.operations import Operation, Skip, StageSession, Stop, Train
+from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.finetuning import finetune
 from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep import search as sweep
 from rlhf_ray.sweep.results import SearchResult
 from rlhf_ray.sweep.search import search
 from rlhf_ray.tasks import Metric, Suite, Task
+from rlhf_ray.tree.stage_tree import LocalStages
 from rlhf_ray.tree.store import TreeStore
+from rlhf_ray.tree.tally import Answer
 
 HERE = Path(__file__).parents[1]
 
@@ -79,6 +82,59 @@ def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Fin
     storage = tmp_path_factory.mktemp("finished")
     asked = config(storage)
     return Finished(storage, asked, search(small_suite(), asked))
+
+
+# -- what a search would do
+
+
+def test_plan_times_warm_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[StageRequest] = []
+
+    class Timed(LocalStages):
+        def outcomes(self, requests: Sequence[StageRequest], namespace: str = "") -> list[Answer]:
+            cold = not asked
+            asked.extend(requests)
+            answers = super().outcomes(requests, namespace)
+            return [replace(a, outcome=replace(a.outcome, time_s=9.0 if cold else 0.5))
+                    for a in answers]  # fmt: skip
+
+    monkeypatch.setattr(sweep, "LocalStages", Timed)
+    planned = sweep.plan(small_suite(), config(tmp_path, num_workers=2), timed=True)
+    assert len({(r.replica, r.path) for r in asked}) == len(asked)  # none answered from memory
+    assert planned.seconds_estimate == pytest.approx(0.25 * planned.n_stages_estimate[1])
+    assert planned.state == "new" and not list(tmp_path.iterdir())
+
+
+def test_plan_counts_what_has_to_be_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    highest, distinct = sweep.plan(small_suite(), config(tmp_path)).n_stages_estimate
+    assert 0 < distinct < highest
+    apart = sweep.plan(small_suite(), config(tmp_path, share=False))
+    assert apart.n_stages_estimate == (highest, highest)
+    monkeypatch.setattr(sweep, "LocalStages", must_not_run)
+    replayed = sweep.plan(small_suite(), config(tmp_path, replay_only=True), timed=True)
+    assert replayed.n_stages_estimate == (highest, 0)
+    assert replayed.seconds_estimate == 0
+
+
+def test_plan_knows_the_sweep_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "LocalStages", must_not_run)
+    asked, storage = config(tmp_path, name="mine"), open_storage(tmp_path)
+    ground = sweep.prepare(small_suite(), asked)
+    sweep._record_sweep(storage, ground)
+    storage.write_json(f"mine/trials/{ground.trials[0].name}/trial.json", {"status": "done"})
+    begun = sweep.plan(small_suite(), asked)
+    assert (begun.state, begun.n_done) == ("running", 1)
+    sweep._set_state(storage, "mine", "finished")
+    finished = sweep.plan(small_suite(), asked, timed=True)
+    assert (finished.state, finished.seconds_estimate) == ("finished", None)
+    other = replace(asked, seed=1)
+    with pytest.raises(InputError, match=r"one suite and configuration, got name='mine'"):
+        sweep.plan(small_suite(), other)
+    assert sweep.plan(small_suite(), other, fresh=True).state == "finished"
 
 
 # -- what a sweep leaves
