@@ -10,15 +10,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
-from rlhf_ray.commands.terminal import duration, number, printable, shortened
+from rlhf_ray.commands.terminal import WIDTH, duration, number, printable, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MAX_ROWS = 40
 """Rows of a table at most; the results page shows all."""
+
+GAP = 2
+"""Between two columns of a table."""
 
 NAMED_IN_WORDS = ("full_best", "full", "fixed", "random")
 """The baselines that the comparison names, in its order."""
@@ -54,7 +59,7 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Tab
         )
     others = "; others: episodes of theirs learned from" if shares else ""
     shown.caption = "* best utility, f on the front" + others + _left_out(len(table))
-    return shown
+    return _headed(shown)
 
 
 def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Table:
@@ -65,7 +70,7 @@ def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Table:
         figures = (_figure(row[name]) for name in ("cost", "metric", "utility"))
         shown.add_row(*figures, shortened(str(row["trial"]), 30))
     shown.caption = f"cost in {unit}" + _left_out(len(front))
-    return shown
+    return _headed(shown)
 
 
 def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
@@ -87,7 +92,7 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
             style="bold" if name == "policy" else "",
         )
     shown.caption = f"+- over replica seeds; cost in {unit}"
-    return shown
+    return _headed(shown)
 
 
 def differences_table(differences: Mapping[str, Mapping[str, float | None]]) -> Table:
@@ -101,7 +106,7 @@ def differences_table(differences: Mapping[str, Mapping[str, float | None]]) -> 
             *("-" if value is None else f"{100 * value:+.1f}" for value in cells),
         )
     shown.caption = "hundredths; 95% interval over tasks;\nworst: on a single task"
-    return shown
+    return _headed(shown)
 
 
 def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
@@ -115,7 +120,7 @@ def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
             f"{sweep['trials_done']}/{sweep['trials']}",
             _figure(sweep["utility"]),
         )
-    return shown
+    return _headed(shown)
 
 
 def trace_table(
@@ -146,7 +151,7 @@ def trace_table(
             _figure(record["cost"]),
         )
     shown.caption = f"cost in {unit}"
-    return shown
+    return _headed(shown)
 
 
 def comparison(
@@ -213,7 +218,20 @@ def _table(title: str, headers: Sequence[str], *, left: int) -> Table:
     )
     for position, header in enumerate(headers):
         justify = "left" if position < left else "right"
-        table.add_column(shortened(header, 8), justify=justify, no_wrap=True)
+        table.add_column(Text(printable(header)), justify=justify, no_wrap=True)
+    return table
+
+
+def _headed(table: Table) -> Table:
+    """The same table, its heads cut, to no less than 8 columns, where it would be too wide."""
+    cells = [max(map(cell_len, map(str, column.cells)), default=0) for column in table.columns]
+    heads = [cell_len(str(column.header)) for column in table.columns]
+    least = [max(cell, min(head, 8)) for cell, head in zip(cells, heads, strict=True)]
+    free = max(0, WIDTH - sum(least) - GAP * (len(least) - 1))
+    for column, head, narrow in zip(table.columns, heads, least, strict=True):
+        wider = min(max(0, head - narrow), free)
+        free -= wider
+        column.header = shortened(str(column.header), narrow + wider)
     return table
 
 

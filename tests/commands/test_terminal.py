@@ -176,6 +176,29 @@ def test_trials_table_shows_every_figure_and_marks_best_and_front(tmp_path):
     assert rows[2] == ["001-abcdef", "0.9", "0.05", "0.02", "0.001", "failed"]
 
 
+def test_heads_are_cut_only_where_the_table_would_not_fit(tmp_path):
+    write_sweep(tmp_path)
+    result = SearchResult.load(tmp_path / "small-1")
+    trace = [
+        {"level": "low", "operation": "refit", "metric": 0.5, "cost": 1.0, "diverged": False}
+    ]  # fmt: skip
+    start = {"start_metric": 0.1, "cost": 2.0, "unit": "full stages"}
+    metric = "balanced_accuracy"
+    for shown in (
+        tables.trace_table(trace, metric=metric, **start),
+        tables.front_table(result.front(), metric=metric, unit="full stages"),
+        tables.methods_table(result.methods(), metric=metric, unit="full stages"),
+    ):
+        lines = plain(lambda terminal, shown=shown: terminal.show(shown))
+        assert_fits(lines)
+        assert "…" not in "".join(lines)
+    shown = tables.trials_table(result.table(), None, metric="m" * 80)
+    lines = plain(lambda terminal: terminal.show(shown))
+    assert_fits(lines)
+    assert max(map(cell_len, lines)) == 80
+    assert "000-abcdef" in " ".join(lines) and "utility" in " ".join(lines)
+
+
 def test_trials_table_shows_what_was_learned_from_others(tmp_path):
     write_sweep(tmp_path, n_trials=2)
     table = SearchResult.load(tmp_path / "small-1").table()
