@@ -223,7 +223,8 @@ def _by_path(paths: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
         groups.setdefault(path["words"], []).append(path)
     words = []
     for phrase, mine in sorted(groups.items(), key=lambda item: -len(item[1]))[:6]:
-        families = list(dict.fromkeys(family(path["task"]) for path in mine))
+        name = family if len(mine) > 1 else str
+        families = list(dict.fromkeys(name(path["task"]) for path in mine))
         named = ", ".join(families[:4]) + (f" and {len(families) - 4} more" * (len(families) > 4))
         tasks = f"{len(mine)} task" + "s" * (len(mine) > 1)
         start, end, cost = (
@@ -239,12 +240,12 @@ def _by_path(paths: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
 
 
 def family(task: str) -> str:
-    """What a task is called without its numbers, which give severities.
+    """What a task is called without its severities, which have decimals.
 
-    >>> family("blur-0.58+permute-0.78"), family("sensor")
-    ('blur+permute', 'sensor')
+    >>> family("blur-0.58+permute-0.78"), family("blur-0.58-2"), family("sensor-8")
+    ('blur+permute', 'blur', 'sensor-8')
     """
-    return re.sub(r"-\d+(\.\d+)?(?=\+|$)", "", task) or task
+    return re.sub(r"-\d+\.\d+(-\d+)?(?=\+|$)", "", task) or task
 
 
 def _on_drivers(drivers: Sequence[Mapping[str, Any]]) -> list[str]:

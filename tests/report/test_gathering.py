@@ -214,8 +214,17 @@ def test_words_group_tasks_by_the_way_they_go():
     assert (
         "blur, noise (2 tasks): conv train_mid x2, then stop; val accuracy 0.500 to 0.700" in text
     )
-    assert "swap (1 task): conv skip, dense train_high, then stop" in text
+    assert "swap-0.9 (1 task): conv skip, dense train_high, then stop" in text
     assert "1.7 stages on average, of 5 at most; in all of its runs it stops by itself" in text
+
+
+def test_words_tell_numbered_tasks_apart():
+    inward = [("conv", "train_mid"), ("dense", "stop")]
+    onward = [("dense", "train_high"), ("dense", "stop")]
+    runs = [run_of(f"sensor-{i}", inward if i < 11 else onward) for i in range(8, 12)]
+    text = str(explained(runs))
+    assert "sensor-8, sensor-9, sensor-10 (3 tasks): conv train_mid" in text
+    assert "sensor-11 (1 task): dense train_high" in text
 
 
 def test_a_policy_that_looks_at_nothing_is_called_a_schedule():
