@@ -352,7 +352,8 @@ def test_time_is_up(sweep, capsys):
 
 
 def test_one_of_a_kind_is_not_in_the_plural(sweep, capsys):
-    assert run_main(sweep, *"--episodes 1 --horizon 1 --judge-replicas 1".split()) == 0
+    flags = ["--episodes", "1", "--horizon", "1", "--judge-replicas", "1"]
+    assert run_main(sweep, *flags) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "2 trials of 1 episode with dqn; at most 1 stage each; 1 replica seed " in out
 

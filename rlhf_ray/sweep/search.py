@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.digests import digest
 from rlhf_ray.engine.stages import Engine, suite_identity
@@ -229,12 +231,17 @@ def _seconds_per_stage(ground: Ground) -> float:
     engine = Engine(ground.suite, ground.config.engine_settings())
     stages, task = LocalStages(engine), ground.suite.train_tasks[0].name
     steps = distinct_steps(ground.operations, engine.n_levels)
-    # the first replica takes what is done but once: tracing, choosing kernels, filling caches
-    _, measured = (
-        stages.outcomes([StageRequest(task=task, replica=replica, path=(step,)) for step in steps])
+    requests = [
+        [StageRequest(task=task, replica=replica, path=(step,)) for step in steps]
         for replica in (0, 1)
-    )
-    seconds = [answer.outcome.time_s for answer in measured]
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(ground.config.cpus_per_worker)))  # as a worker has
+    try:
+        stages.outcomes(requests[0])  # takes what is done but once: tracing, kernels, caches
+        seconds = [answer.outcome.time_s for answer in stages.outcomes(requests[1])]
+    finally:
+        torch.set_num_threads(threads)
     n_workers = ground.config.num_workers
     return sum(seconds) / len(seconds) / (n_cores() if n_workers == "auto" else n_workers)
 
