@@ -194,7 +194,7 @@ def _dry_run(
         "trials": planned.trials,
         "trials_done": planned.n_done,
         "stages_at_most": highest,
-        "stages_carried_out": carried_out,
+        "stages_distinct": carried_out,
         "seconds": planned.seconds_estimate,
     }
 

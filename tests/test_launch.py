@@ -388,7 +388,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, sweep, capsys):
     assert (sweep.n_searches, list(tmp_path.iterdir())) == (0, [])
     assert run_main(sweep, "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["stages_at_most"], told["stages_carried_out"]) == (3840, 400)
+    assert (told["stages_at_most"], told["stages_distinct"]) == (3840, 400)
 
 
 @pytest.mark.parametrize(
