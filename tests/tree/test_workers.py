@@ -341,7 +341,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="num_workers and max_attempts must be at least 1"):
         start_workers(make, tmp_path, num_workers=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="must be written"):
+    with pytest.raises(InputError, match="storage path must be writable"):
         start_workers(make, tmp_path / "file" / "x", num_workers=1)
 
     def broken() -> FakeEngine:
