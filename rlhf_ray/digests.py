@@ -72,7 +72,7 @@ def source_digest(thing: Callable[..., Any] | type) -> str:
 def attributes_digest(thing: object, *, besides: Container[str] = ()) -> str:
     """Identity of an object's public attributes, as far as they are data or code; "" of none."""
     names = [name for name in vars(thing) if not name.startswith("_") and name not in besides]
-    told = _told({name: vars(thing)[name] for name in names}, (id(thing),))
+    told = _told({name: vars(thing)[name] for name in names}, (), {id(thing)})
     return digest(told) if told else ""
 
 
@@ -137,12 +137,13 @@ def _surroundings(thing: Any) -> list[Any]:
     """What users' code names of its module, and what that names in turn: [name, value] each."""
     found: list[Any] = []
     reached, met = [thing], {id(thing)}
+    objects: set[int] = set()
     for code in reached:  # grows
         for function in _functions(code):
             around = function.__globals__
             for name in sorted(_names(function.__code__) & around.keys()):
                 value = around[name]
-                if (told := _told(value, ())) is not None:
+                if (told := _told(value, (), objects)) is not None:
                     found.append([name, told])
                 if isinstance(value, type | FunctionType) and id(value) not in met:
                     met.add(id(value))
@@ -170,11 +171,16 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner) - written
 
 
-def _told(value: Any, inside: tuple[int, ...]) -> Any:
+def _told(value: Any, inside: tuple[int, ...], met: set[int]) -> Any:
     """A value that code finds around it, as JSON-able data; None: nothing that can be relied on.
 
     Data and code count; so do users' objects by what they hold. A logger or a file does not: what
     it holds differs from process to process.
+
+    Args:
+        value: to tell.
+        inside: ids of the containers around it.
+        met: ids of objects that were told before, which need not be told again.
     """
     if isinstance(value, bool | int | float | str | bytes | Tensor | np.ndarray):
         return _plain(value, inside)
@@ -182,21 +188,23 @@ def _told(value: Any, inside: tuple[int, ...]) -> Any:
         return None  # a cycle
     inside = (*inside, id(value))
     if isinstance(value, Mapping):
-        pairs = [[str(key), _told(item, inside)] for key, item in value.items()]
-        return sorted(pair for pair in pairs if pair[1] is not None)
+        pairs = [[str(key), _told(item, inside, met)] for key, item in value.items()]
+        return sorted((pair for pair in pairs if pair[1] is not None), key=lambda pair: pair[0])
     if isinstance(value, list | tuple):
-        return [_told(item, inside) for item in value]
+        return [_told(item, inside, met) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((_told(item, inside) for item in value), key=repr)
+        return sorted((_told(item, inside, met) for item in value), key=repr)
     if isinstance(value, type | BuiltinFunctionType):
         return _code(value)
     if isinstance(value, partial | MethodType | FunctionType):
         own = _code(value) if isinstance(value, FunctionType) else ""
-        return [own, *(_told(item, inside) for item in _carried(value))]
+        return [own, *(_told(item, inside, met) for item in _carried(value))]
     if hasattr(value, "__dict__") and not isinstance(value, ModuleType):
         kind = type(value)
         if isinstance(value, nn.Module | SimpleNamespace) or not is_installed(kind.__module__):
-            return [_code(kind), _told(vars(value), inside)]
+            known = id(value) in met
+            met.add(id(value))
+            return [_code(kind), None if known else _told(vars(value), inside, met)]
     return None
 
 

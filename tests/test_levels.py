@@ -110,6 +110,27 @@ def test_digest_follows_attributes_and_unsaved_buffers() -> None:
     assert digest(Pooled(1.0, 0.0)) == found[0] == digest(Pooled(1.0, 0.0).eval())
 
 
+class Node:
+    """Knows all others, so that there are more ways through them than could be gone."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        self.others: list[Node] = []
+
+
+def test_digest_tells_an_object_once_however_many_ways_lead_to_it() -> None:
+    def digest(last: int) -> str:
+        net = Pooled(1.0, 0.0)
+        nn.init.zeros_(net.layer.weight)
+        nn.init.zeros_(net.layer.bias)
+        net.nodes = [Node(value) for value in (*range(11), last)]  # type: ignore[assignment]
+        for node in net.nodes:  # type: ignore[union-attr]
+            node.others = list(net.nodes)  # type: ignore[arg-type]
+        return model_digest(net, split_levels(net, {"a": [""]}))
+
+    assert digest(11) == digest(11) != digest(12)
+
+
 def test_digest_follows_weights_structure_and_levels() -> None:
     levels = {"a": ["stem"], "b": ["head"]}
 
