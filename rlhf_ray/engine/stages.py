@@ -102,7 +102,7 @@ class Engine:
         if not all(map(math.isfinite, (metric, loss, entropy))):
             raise InputError(
                 f"task {task.name!r}: the pretrained model's figures on val must be finite, got "
-                f"metric={metric}, loss={loss}."
+                f"metric={metric}, loss={loss}, entropy={entropy}."
             )
         source = self.source_moments()
         gradient, probe_loss = self._gradient_probe(task)
