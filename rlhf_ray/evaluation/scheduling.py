@@ -23,8 +23,11 @@ from rlhf_ray.outcomes import Outcome
 from rlhf_ray.policies.schedules import Move, Schedule, moves, path_of, placed
 from rlhf_ray.process import ProcessSpec
 
-ROUNDS = ((2, 8), (6, 3), (12, 1))
-"""(tasks met so far, candidates that stay) of a race."""
+ROUNDS = ((2, 8), (6, 2), (12, 1))
+"""(tasks met so far, candidates that stay at most) of a race."""
+
+KEEPS_UP = 0.9
+"""Of what the first of a race gained, what another must have gained to stay in it."""
 
 RETRIED = 4
 """Trainings that are tried again once it is settled what comes before them."""
@@ -234,10 +237,13 @@ class _Tuner:
     def ranked(self, schedules: Sequence[Schedule]) -> list[Schedule]:
         """All of them after a race: the winner first, those that fell behind soonest last."""
         alive, out = list(schedules), []
-        for n_tasks, n_stay in ROUNDS:
+        for n_tasks, n_most in ROUNDS:
             n = min(n_tasks, len(self.tasks))
             self.meet(alive, n)
-            alive.sort(key=lambda schedule: -self._means(schedule, n).max())
+            gains = {schedule: self._gain(schedule, n) for schedule in alive}
+            alive.sort(key=lambda schedule: -gains[schedule])
+            least = KEEPS_UP * max(gains.values(), default=0.0)
+            n_stay = sum(gains[schedule] >= least for schedule in alive[:n_most])
             alive, out = alive[:n_stay], alive[n_stay:] + out
         return alive + out
 
@@ -245,7 +251,7 @@ class _Tuner:
         """Whether a schedule has more utility on all tasks, each at the length that pays best."""
         n = len(self.tasks)
         self.meet([challenger, best], n)
-        return self._means(challenger, n).max() > self._means(best, n).max()
+        return self._gain(challenger, n) > self._gain(best, n)
 
     def candidates(self) -> tuple[Candidate, ...]:
         """The schedules that met all tasks."""
@@ -264,10 +270,11 @@ class _Tuner:
                 )
         return tuple(found)
 
-    def _means(self, schedule: Schedule, n_tasks: int) -> NDArray[np.float64]:
-        """Mean utility on the first tasks at lengths 0, 1, ..., N."""
+    def _gain(self, schedule: Schedule, n_tasks: int) -> float:
+        """Utility that its best length adds to the start, mean over the first tasks; >= 0."""
         rows = np.mean(self.met[schedule][:n_tasks], axis=0).tolist()
-        return np.array([self.utility.of(*row) for row in rows])
+        values = [self.utility.of(*row) for row in rows]
+        return max(values) - values[0]
 
     def meet(self, schedules: Sequence[Schedule], n_tasks: int) -> None:
         """Walks those along the first tasks that have not met them."""

@@ -1,3 +1,5 @@
+from collections import Counter
+
 from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.judging import Utility
@@ -67,7 +69,9 @@ def test_most_walks_are_as_many_as_there_are_where_all_that_is_tried_helps() -> 
         assert len(found.walks) <= n_most
     one = [o for o in OPERATIONS if o.name not in ("refit", "fit", "align")] + [OPERATIONS[-1]]
     spec = spec_of(3, horizon=4, operations=one)
-    stages = SyntheticStages(metric=metric({("fit", 2): 0.2, ("train_mid", 1): 0.1}))
+    train = [operation.name for operation in one if operation.name.startswith("train")]
+    alike = {(name, level): 0.1 for name in train for level in range(3)}
+    stages = SyntheticStages(metric=metric({("fit", 2): 0.2, **alike}))
     tasks = [f"train{i}" for i in range(10)] + [f"other{i}" for i in range(8)]
     found = tuned_schedules(
         spec, lambda name: stages, tasks=tasks, utility=UTILITY, seed=0, threads=1
@@ -75,6 +79,18 @@ def test_most_walks_are_as_many_as_there_are_where_all_that_is_tried_helps() -> 
     trainings, others = candidate_moves(one, 3)
     n_most = most_walks(len(trainings), len(others), n_tasks=len(tasks), horizon=4)
     assert len(others) == 1 and len(found.walks) == n_most
+
+
+def test_a_race_goes_on_with_those_that_keep_up() -> None:
+    """Of all trainings one gains much: no other meets more than the first two tasks."""
+    gains = {("train_mid", 2): 0.1, ("train_low", 1): 0.05}
+    stages = SyntheticStages(metric=metric(gains))
+    found = tuned_schedules(
+        SPEC, lambda name: stages, tasks=TASKS, utility=UTILITY, seed=0, threads=1
+    )
+    met = Counter(describe(SPEC, walk.moves) for walk in found.walks)
+    assert met["train_mid late x 4"] == len(TASKS)
+    assert {n for words, n in met.items() if words.endswith("x 4")} == {2, len(TASKS)}
 
 
 def test_without_skip_a_schedule_stays_at_the_first_level() -> None:
