@@ -22,7 +22,7 @@ from rlhf_ray.policies.searching import guided
 from rlhf_ray.progress import NO_PROGRESS
 from rlhf_ray.ray_session import running_ray, stage_workers
 from rlhf_ray.storage import open_storage
-from rlhf_ray.sweep.results import read_policy, trial_folder
+from rlhf_ray.sweep.results import trial_folder
 from rlhf_ray.sweep.scheduling import schedule_tally, scheduled
 from rlhf_ray.sweep.search import prepare, trial_context
 from rlhf_ray.sweep.trial import TrialContext
@@ -99,7 +99,7 @@ class Cell:
         store = TreeStore(context.storage)
         outcomes = [store.get(key) for key in sorted(tally.keys)]
         return Learned(
-            policy=read_policy(context.storage, f"{folders[best]}/policy"),
+            policy=rr.Policy.read(context.storage, f"{folders[best]}/policy"),
             context=context,
             distinct=tally.distinct,
             cost=sum(context.spec.cost(outcome) for outcome in outcomes if outcome),

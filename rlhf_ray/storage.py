@@ -27,6 +27,9 @@ from rlhf_ray.errors import InputError, StorageError
 _PART = ".part"
 """Ends the names of local files that are being written; a killed writer leaves them behind."""
 
+HARMLESS = ("region", "scheme", "endpoint_override", "location", "project_id")
+"""Options of a URI that messages may show: where the storage is, not how one gets in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
@@ -66,6 +69,11 @@ class Storage:
     def local_path(self, name: str = "") -> Path | None:
         """Where a file or folder ("": the root) lies on this machine; None for object stores."""
         return Path(self._path(name)) if self.is_local else None
+
+    def shown_path(self, name: str) -> str:
+        """How messages name a file or folder, free of secrets; `open_storage` takes it again."""
+        root, mark, options = self.shown.partition("?") if self._uri else (self.shown, "", "")
+        return f"{root.rstrip('/')}/{name}{mark}{options}"
 
     def opened(self, name: str) -> tuple[fs.FileSystem, str]:
         """The pyarrow filesystem and a path on it, for other libraries that write there."""
@@ -284,6 +292,30 @@ def open_storage(location: str | Path, *, check: bool = False) -> Storage:
     return storage
 
 
+def parent_of(path: str | Path) -> tuple[Storage, str]:
+    """The storage around a folder or file, and its name there.
+
+    Args:
+        path: a local path or a URI.
+
+    Raises:
+        InputError: no such kind of location.
+    """
+    uri, mark, options = str(path).partition("?")
+    if "://" not in uri:
+        local = Path(path).expanduser().resolve()
+        return open_storage(local.parent), local.name
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    if "://" not in parent:
+        raise InputError(f"the path must lie in a bucket or folder, got {without_secrets(uri)!r}.")
+    return open_storage(parent + mark + options), name
+
+
+def without_options(path: str) -> str:
+    """A URI without its query, for programs that know none of pyarrow's options."""
+    return path.partition("?")[0] if "://" in path else path
+
+
 def _checked(name: str) -> str:
     parts = name.split("/")
     if set(name) & set("\\\0") or any(part in {"", ".", ".."} for part in parts):
@@ -299,5 +331,13 @@ def _first_line(error: Exception) -> str:
 
 
 def without_secrets(uri: str) -> str:
-    """URIs may hold keys before an @ and in the query: neither may reach a message."""
-    return re.sub(r"//[^/@]*@", "//", uri.split("?")[0]) if "://" in uri else uri
+    """URIs may hold keys before an @ and in the query: neither may reach a message.
+
+    >>> without_secrets("s3://KEY:SECRET@bucket/runs?region=eu-west-1&session_token=abc")
+    's3://bucket/runs?region=eu-west-1'
+    """
+    if "://" not in uri:
+        return uri
+    bare, _, query = uri.partition("?")
+    options = [option for option in query.split("&") if option.partition("=")[0] in HARMLESS]
+    return re.sub(r"//[^/@]*@", "//", bare) + ("?" + "&".join(options) if options else "")

@@ -6,7 +6,7 @@ import pytest
 from pyarrow import fs
 
 from rlhf_ray.errors import InputError, StorageError
-from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.storage import Storage, open_storage, parent_of, without_secrets
 
 
 @pytest.fixture(params=["local", "object store"])
@@ -109,7 +109,10 @@ def test_open_bad_location(location: str) -> None:
 def test_messages_hold_no_secrets() -> None:
     uri = "s3://KEY:SECRET@bucket/folder?endpoint_override=127.0.0.1%3A1"
     storage = open_storage(uri + "&region=x&scheme=http")
-    assert storage.shown == "s3://bucket/folder"
+    options = "endpoint_override=127.0.0.1%3A1&region=x&scheme=http"
+    assert storage.shown == f"s3://bucket/folder?{options}"
+    assert storage.shown_path("a/b") == f"s3://bucket/folder/a/b?{options}"
+    assert without_secrets("s3://bucket/x?session_token=SECRET") == "s3://bucket/x"
     assert not storage.is_local and storage.local_path() is None
     with pytest.raises(InputError, match="must be a folder or a URI") as caught:
         open_storage("bad://KEY:SECRET@bucket?token=SECRET")
@@ -145,3 +148,18 @@ def test_keys_of_a_uri_are_in_no_pickle_of_a_keyless_filesystem(
 def test_filesystem_without_keys_is_keyless_as_it_is(storage: Storage) -> None:
     with storage.keyless() as filesystem:
         assert filesystem is storage.opened("x")[0]
+
+
+def test_parent_of_a_path_and_of_a_uri(tmp_path: Path) -> None:
+    open_storage(tmp_path).write_bytes("runs/one/x", b"1")
+    for path in (
+        tmp_path / "runs" / "one",
+        str(tmp_path / "runs/one/"),
+        f"file://{tmp_path}/runs/one",
+    ):
+        storage, name = parent_of(path)
+        assert name == "one" and storage.read_bytes("one/x") == b"1"
+    storage, name = parent_of("s3://bucket/runs/one?region=eu-west-1")
+    assert (storage.shown, name) == ("s3://bucket/runs?region=eu-west-1", "one")
+    with pytest.raises(InputError, match="must lie in a bucket or folder, got 's3://bucket'"):
+        parent_of("s3://bucket?region=x")

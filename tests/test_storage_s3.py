@@ -50,9 +50,8 @@ def uri(bucket: str, request: pytest.FixtureRequest) -> str:
 
 def test_files_written_read_listed_deleted(uri: str) -> None:
     storage = open_storage(uri, check=True)
-    assert (
-        SECRET not in repr(storage)
-        and storage.shown == "s3://runs/test_files_written_read_listed_deleted"
+    assert SECRET not in repr(storage) and storage.shown.startswith(
+        "s3://runs/test_files_written_read_listed_deleted?endpoint"
     )
     assert storage.read_bytes("a/x.bin") is None and storage.list("nothing") == []
     storage.write_bytes("a/x.bin", b"one")

@@ -8,6 +8,7 @@ what a state is answered that was never met).
 Dimensions: L level, F feature, A action, M ensemble member.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -25,10 +26,11 @@ from torch import Tensor
 
 from rlhf_ray.digests import digest
 from rlhf_ray.engine.descriptors import SourceMoments
-from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.errors import InputError, StorageError, unknown_name
 from rlhf_ray.policies.networks import LevelQNetwork, LevelQNetworks, NetworkSettings, masked
 from rlhf_ray.policies.q_table import from_weights
 from rlhf_ray.process import ProcessSpec
+from rlhf_ray.storage import Storage, parent_of
 
 SCHEMA_VERSION = 1
 """Of the files; a reader refuses every other."""
@@ -195,7 +197,7 @@ class Policy:
         """Reads a policy.
 
         Args:
-            path: the directory, or the `policy.json` in it.
+            path: the directory, or the `policy.json` in it; a local path or a URI.
 
         Returns:
             The policy.
@@ -203,30 +205,45 @@ class Policy:
         Raises:
             InputError: missing, cut or altered files, or another schema version.
         """
-        file = Path(path)
-        file = file / JSON_NAME if file.is_dir() else file
-        content = _read_json(file)
-        (name, expected), *_ = content["weights"].items()
-        data = _read(file.parent / name)
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise _damaged(file.parent / name, "its checksum differs")
+        storage, name = parent_of(path)
+        itself = name == JSON_NAME or storage.exists(name)
+        return cls.read(storage, "" if itself else name)
+
+    @classmethod
+    def read(cls, storage: Storage, folder: str) -> "Policy":
+        """Reads a policy from any storage.
+
+        Args:
+            storage: holds it.
+            folder: on it; "": the storage's root.
+
+        Raises:
+            InputError: as `load`.
+        """
+        files = _Files(storage, folder)
+        content = _read_json(files)
+        data = files.read(WEIGHTS_NAME)
+        if content.get("weights") != {WEIGHTS_NAME: hashlib.sha256(data).hexdigest()}:
+            raise files.damaged(WEIGHTS_NAME, "its checksum differs")
         try:
             weights = load_tensors(data)
+            shape = content["network"]
+            return cls(
+                levels=tuple(content["levels"]),
+                features=tuple(content["features"]),
+                operations=tuple(content["operations"]),
+                network=(
+                    None if content["kind"] == "tabular" else NetworkSettings.from_json(shape)
+                ),
+                weights={n: v for n, v in weights.items() if not n.startswith((MOMENTS, OUTPUTS))},
+                metadata=content["metadata"],
+                source_moments=_moments_of(weights, len(content["levels"])),
+            )
         except SafetensorError as error:
-            raise _damaged(file.parent / name, _first_line(error)) from error
-        return cls(
-            levels=tuple(content["levels"]),
-            features=tuple(content["features"]),
-            operations=tuple(content["operations"]),
-            network=(
-                None
-                if content["kind"] == "tabular"
-                else NetworkSettings.from_json(content["network"])
-            ),
-            weights={n: v for n, v in weights.items() if not n.startswith((MOMENTS, OUTPUTS))},
-            metadata=content["metadata"],
-            source_moments=_moments_of(weights, len(content["levels"])),
-        )
+            raise files.damaged(WEIGHTS_NAME, _first_line(error)) from error
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"it does not describe a policy ({type(error).__name__}: {_first_line(error)})"
+            raise files.damaged(JSON_NAME, what) from error
 
 
 def _network_views(
@@ -275,38 +292,58 @@ def _moments_of(tensors: Mapping[str, Tensor], n_levels: int) -> SourceMoments |
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    data = _read(file)
+@dataclass(frozen=True)
+class _Files:
+    """A policy's files on a storage."""
+
+    storage: Storage
+    folder: str
+
+    def read(self, name: str) -> bytes:
+        try:
+            data, reason = self.storage.read_bytes(self._at(name)), os.strerror(errno.ENOENT)
+        except StorageError as error:
+            data, reason = None, str(error)
+        if data is not None:
+            return data
+        of_sweep = name == JSON_NAME and self.storage.exists(self._at(f"{BEST_POLICY}/{name}"))
+        hint = f" Did you mean {self.shown(BEST_POLICY)!r}?" if of_sweep else ""
+        raise InputError(
+            f"a policy must be a directory with {JSON_NAME} and {WEIGHTS_NAME}, or the {JSON_NAME} "
+            f"in it, got {self.shown(name)!r} ({reason}).{hint}"
+        )
+
+    def shown(self, name: str) -> str:
+        return self.storage.shown_path(self._at(name))
+
+    def damaged(self, name: str, how: str) -> InputError:
+        return InputError(
+            f"a policy's files must be whole, got {self.shown(name)!r}: {how}. Save it again."
+        )
+
+    def _at(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def _read_json(files: _Files) -> dict[str, Any]:
+    data = files.read(JSON_NAME)
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise _damaged(file, _first_line(error)) from error
+        raise files.damaged(JSON_NAME, _first_line(error)) from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version is None:
-        raise _damaged(file, "it has no schema_version")
+        raise files.damaged(JSON_NAME, "it has no schema_version")
     if version != SCHEMA_VERSION:
         raise InputError(
             f"a policy's schema_version must be {SCHEMA_VERSION}, got schema_version={version!r} "
-            f"in {str(file)!r}. Use the rlhf_ray version that wrote it."
+            f"in {files.shown(JSON_NAME)!r}. Use the rlhf_ray version that wrote it."
         )
     if content.pop("sha256", None) != digest(content):
-        raise _damaged(file, "its checksum differs")
-    if content["kind"] not in KINDS:
-        raise unknown_name("kind of policy", content["kind"], KINDS)
+        raise files.damaged(JSON_NAME, "its checksum differs")
+    if content.get("kind") not in KINDS:
+        raise unknown_name("kind of policy", str(content.get("kind")), KINDS)
     return content
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        best = file.parent / BEST_POLICY
-        of_sweep = file.name == JSON_NAME and (best / JSON_NAME).is_file()
-        hint = f" Did you mean {str(best)!r}?" if of_sweep else ""
-        raise InputError(
-            f"a policy must be a directory with {JSON_NAME} and {WEIGHTS_NAME}, or the {JSON_NAME} "
-            f"in it, got {str(file)!r} ({error.strerror}).{hint}"
-        ) from error
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -314,10 +351,6 @@ def _write(file: Path, data: bytes) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     part.write_bytes(data)
     part.replace(file)
-
-
-def _damaged(file: Path, how: str) -> InputError:
-    return InputError(f"a policy's files must be whole, got {str(file)!r}: {how}. Save it again.")
 
 
 def _check_equal(what: str, own: list[str], given: list[str]) -> None:

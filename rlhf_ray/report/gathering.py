@@ -14,7 +14,7 @@ from rlhf_ray.evaluation.judging import front
 from rlhf_ray.report import accounts
 from rlhf_ray.report.explain import Explanation, explain
 from rlhf_ray.report.trials import digest_of, unfinished
-from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.storage import Storage, parent_of, without_options
 from rlhf_ray.sweep.results import (
     BASELINES_FILE,
     BEST_POLICY,
@@ -41,13 +41,7 @@ def at(path: str | Path) -> tuple[Storage, str]:
     Raises:
         InputError: there is no sweep.
     """
-    uri, mark, options = str(path).partition("?")
-    if "://" in uri:
-        parent, _, name = uri.rstrip("/").rpartition("/")
-        storage = open_storage(parent + mark + options)
-    else:
-        folder = Path(path).expanduser().resolve()
-        storage, name = open_storage(folder.parent), folder.name
+    storage, name = parent_of(path)
     if name and storage.exists(f"{name}/{SWEEP_FILE}"):
         return storage, name
     inside = [f for f in storage.folders(name) if storage.exists(f"{name}/{f}/{SWEEP_FILE}")]
@@ -94,7 +88,7 @@ class Gatherer:
             "state": sweep["state"],
             "created": sweep.get("created"),
             "generated": time.time(),
-            "directory": f"{self._storage.shown.rstrip('/')}/{self._name}",
+            "directory": self._storage.shown_path(self._name),
             "metric": metric,
             "higher_is_better": higher,
             "unit": "seconds" if config.get("cost") == "seconds" else "full stages",
@@ -179,12 +173,12 @@ class Gatherer:
         )
 
     def _commands(self, sweep: Mapping[str, Any], compared: bool) -> dict[str, str]:
-        directory = f"{self._storage.shown.rstrip('/')}/{self._name}"
+        directory = self._storage.shown_path(self._name)
         suite = str(sweep["suite"])
         unknown = suite if suite.startswith(BUILT_IN) else "package.module:function"
         flags = self._read(SUITE_FLAGS_FILE).get("flags") or ["--suite", unknown]
         tasks = sweep.get("tasks", {}).get("test", [])
-        policy = f"{directory}/{BEST_POLICY}"
+        policy = self._storage.shown_path(f"{self._name}/{BEST_POLICY}")
         apply = [
             "python", "-m", "rlhf_ray.apply", "--policy", policy, *flags,
             "--task", str(tasks[0]) if tasks else "TASK", "--output", "tuned.safetensors",
@@ -195,7 +189,7 @@ class Gatherer:
             f"policy = rr.Policy.load({policy!r})\n"
             "tuned = rr.finetune(model, levels, task, policy)  # your model, levels and task"
         )
-        board = ["tensorboard", "--logdir", directory]
+        board = ["tensorboard", "--logdir", without_options(directory)]
         serve = ["python", "-m", "rlhf_ray.report", directory, "--serve"]
         commands = {"tensorboard": _shell(board), "serve": _shell(serve)}
         return {"apply": _shell(apply), "python": python, **commands} if compared else commands

@@ -35,7 +35,7 @@ def write_report(storage: Storage, name: str) -> str:
 
 def _write(storage: Storage, name: str, gatherer: Gatherer) -> str:
     storage.write_bytes(f"{name}/{PAGE_FILE}", whole(gatherer.gather()).encode())
-    return f"{storage.shown.rstrip('/')}/{name}/{PAGE_FILE}"
+    return storage.shown_path(f"{name}/{PAGE_FILE}")
 
 
 class LivePage:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.digests import digest
 from rlhf_ray.errors import InputError
 from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
 from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
@@ -177,3 +178,25 @@ def test_policy_is_imported_without_ray():
         "import sys, rlhf_ray.policies.policy, rlhf_ray.algorithms; sys.exit('ray' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_load_takes_a_uri(tmp_path):
+    policy = make_policy()
+    path = policy.save(tmp_path / "best")
+    for given in (path.as_uri(), path.parent.as_uri()):
+        assert replace(Policy.load(given), weights=policy.weights) == policy
+    with pytest.raises(InputError, match=r"got 'file://.*none/policy\.json' \(No such file"):
+        Policy.load((tmp_path / "none").as_uri())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"weights": {}}, {"weights": {"../policy.safetensors": "0"}}, {"levels": 3}, {"network": {}}],
+)
+def test_load_refuses_what_describes_no_policy(tmp_path, changes):
+    path = make_policy().save(tmp_path)
+    content = json.loads(path.read_text()) | changes
+    content.pop("sha256")
+    path.write_text(json.dumps({**content, "sha256": digest(content)}))
+    with pytest.raises(InputError, match="a policy's files must be whole"):
+        Policy.load(tmp_path)
