@@ -119,3 +119,43 @@ def test_lock_beats_and_outlives_a_storage_that_fails_for_a_while(
             assert beats.acquire(timeout=10)
         later = storage.read_json("sweep/lock.json")
     assert first is not None and later is not None and later["time"] > first["time"]
+
+
+def test_of_many_that_start_at_once_one_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Storage.read_json
+
+    def slow(self: Storage, name: str) -> object:
+        found = read(self, name)
+        time.sleep(0.02)  # others read before this one writes
+        return found
+
+    monkeypatch.setattr(Storage, "read_json", slow)
+    storage, holding, refused = open_storage(tmp_path), [], []
+    release = threading.Event()
+
+    def start() -> None:
+        try:
+            with driver_lock(storage, "sweep"):
+                holding.append(1)
+                release.wait(10)
+        except InputError as error:
+            refused.append(str(error))
+            if len(refused) == 5:
+                release.set()
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert (len(holding), len(refused)) == (1, 5)
+    assert not storage.exists("sweep/lock.json")
+
+
+def test_a_lock_that_was_taken_over_is_left_to_its_holder(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with driver_lock(storage, "sweep"):
+        lock_of(tmp_path, host="elsewhere", pid=1, time=time.time())
+    assert storage.read_json("sweep/lock.json")["host"] == "elsewhere"
