@@ -83,6 +83,8 @@ def check_operations(operations: Sequence[Operation], n_levels: int) -> None:
         raise InputError(f"operations must have names of their own, got {names}.")
     if sum(isinstance(operation, Stop) for operation in operations) != 1:
         raise InputError(f"operations must hold one Stop, got {names}.")
+    if sum(isinstance(operation, Skip) for operation in operations) > 1:
+        raise InputError(f"operations must hold at most one Skip, got {names}.")
     for operation in operations:
         _check_levels(operation, n_levels)
         if isinstance(operation, Train) and operation.level_scales is not None:
@@ -354,19 +356,44 @@ def advance(
         skips=state.skips + 1 if outcome is None else 0,
         terminated=terminated,
     )
+    step = recorded(spec, state, after, operation, levels, level=state.level, outcome=outcome)
+    return after, step
+
+
+def recorded(
+    spec: ProcessSpec,
+    before: State,
+    after: State,
+    operation: Operation,
+    levels: tuple[int, ...],
+    *,
+    level: int,
+    outcome: Outcome | None,
+) -> Step:
+    """The record of a step that is made, with its reward.
+
+    Args:
+        spec: the process.
+        before: where it began.
+        after: where it led.
+        operation: carried out.
+        levels: that it changes.
+        level: where it acted.
+        outcome: of its stage; None: it had none.
+    """
     cost = 0.0 if outcome is None else spec.cost(outcome)
-    performance = _performance(spec, state, after)
+    performance, distance = _performance(spec, before, after), after.switches - before.switches
     weights = spec.settings.weights
     reward = (
         weights.performance * performance
         - weights.tuning_cost * cost
         - weights.switch_cost * distance
     )
-    return after, Step(
-        level=state.level,
+    return Step(
+        level=level,
         operation=operation.name,
         levels=levels,
-        next_level=next_level,
+        next_level=after.level,
         metric=after.outcome.metric,
         performance=performance,
         tuning_cost=cost,
@@ -407,8 +434,3 @@ def _performance(spec: ProcessSpec, before: State, after: State) -> float:
     if spec.settings.performance == "value":
         return spec.score(after.outcome.metric)
     return spec.score(after.best) - spec.score(before.best)
-
-
-def discounted_return(steps: Sequence[Step], gamma: float) -> float:
-    """Sum of gamma^t * reward over an episode."""
-    return sum(step.reward * gamma**t for t, step in enumerate(steps))

@@ -72,10 +72,6 @@ class Metric:
     function: Callable[[Tensor, Tensor], Tensor | float]
     higher_is_better: bool = True
 
-    def score(self, value: float) -> float:
-        """The value turned so that higher is better."""
-        return value if self.higher_is_better else -value
-
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) == targets).float().mean()
@@ -213,7 +209,8 @@ class Suite:
         val_tasks: the sweep is judged on them.
         test_tasks: touched by the final report only.
         source: a sample of the pretraining inputs, for the observation's activation shift; or None.
-        defaults: settings (`SearchConfig` fields) that this suite wants unless the user says else.
+        defaults: settings (`SearchConfig` fields) that this suite wants unless the user says else;
+            in a `SearchConfig` a value that equals the package's own default says nothing.
 
     Raises:
         InputError: no tasks, names that repeat, levels that do not fit the model, data that the
@@ -258,6 +255,13 @@ class Suite:
                 check_task(self.model, task)
         if self.source is not None:
             _check_source(self.model, self.source, self.train_tasks[0])
+
+    def without_defaults(self, names: Iterable[str]) -> "Suite":
+        """The same suite, but for its own defaults of settings that the user gave."""
+        suite = copy.copy(self)
+        kept = {name: value for name, value in self.defaults.items() if name not in set(names)}
+        object.__setattr__(suite, "defaults", kept)
+        return suite
 
     def tasks(self) -> Iterator[Task]:
         """All tasks: train, val, test."""

@@ -15,7 +15,7 @@ from rlhf_ray.process import (
     State,
     action_mask,
     advance,
-    discounted_return,
+    check_operations,
     stage_request,
     start_request,
     start_state,
@@ -202,14 +202,6 @@ def test_start_charges_the_probe_only_where_it_is_used():
     assert begin(spec_of(2, cost="seconds"), stages).cost == 1.0
 
 
-def test_discounted_return_counts_global_steps():
-    spec, stages = spec_of(2), SyntheticStages()
-    state, first = act(spec, stages, begin(spec, stages), "train_mid", 1)
-    _, second = act(spec, stages, state, "stop", 1)
-    steps = [first, first, second]
-    assert discounted_return(steps, 0.5) == pytest.approx(first.reward * 1.5)
-
-
 @settings(max_examples=60, deadline=None)
 @given(n_levels=st.integers(1, 4), horizon=st.integers(1, 4), data=st.data())
 def test_random_episodes_end_and_keep_their_account(n_levels, horizon, data):
@@ -310,3 +302,11 @@ def test_scales_need_not_fit_levels_that_an_operation_is_not_open_to():
 
     lowest = Lowest(name="t", learning_rate=1e-3, scope="up", level_scales=(0.1, 0.5, 1.0))
     assert spec_of(3, operations=(lowest, Stop())).n_levels == 3
+
+
+def test_operations_hold_one_stop_and_at_most_one_skip():
+    check_operations(default_operations(), 2)
+    with pytest.raises(InputError, match="must hold at most one Skip, got"):
+        check_operations((*default_operations(), Skip(name="skip too")), 2)
+    with pytest.raises(InputError, match="must hold one Stop, got"):
+        check_operations((*default_operations(), Stop(name="stop too")), 2)

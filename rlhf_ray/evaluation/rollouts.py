@@ -23,6 +23,7 @@ from rlhf_ray.process import (
     action_mask,
     advance,
     affordable,
+    recorded,
     stage_request,
     start_request,
     start_state,
@@ -231,24 +232,10 @@ def walk(
         outcome = stages.outcome(request).outcome
         level = step.levels[0] if acting is None else acting[i]
         after = with_stage(spec, state, step.operation, step.levels, outcome)
-        distance = abs(level - state.level)
-        after = replace(after, level=level, switches=state.switches + distance)
-        cost, weights = spec.cost(outcome), spec.settings.weights
-        gain = spec.score(after.best) - spec.score(state.best)
-        record = Step(
-            level=level,
-            operation=step.operation.name,
-            levels=step.levels,
-            next_level=level,
-            metric=outcome.metric,
-            performance=gain,
-            tuning_cost=cost,
-            switch_cost=distance,
-            time_s=outcome.time_s,
-            diverged=outcome.diverged,
-            reward=weights.performance * gain
-            - weights.tuning_cost * cost
-            - weights.switch_cost * distance,
+        switches = state.switches + abs(level - state.level)
+        after = replace(after, level=level, switches=switches)
+        record = recorded(
+            spec, state, after, step.operation, step.levels, level=level, outcome=outcome
         )
         found.append(Episode(state=after, steps=(*found[-1].steps, record)))
     return found

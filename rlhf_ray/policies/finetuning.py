@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.errors import InputError
-from rlhf_ray.evaluation.judging import Run, known, report, run_of
+from rlhf_ray.evaluation.judging import Run, Utility, known, report, run_of
 from rlhf_ray.evaluation.rollouts import Episode, TolerantStages, roll_out
 from rlhf_ray.operations import Operation, operation_as_json, operations_from_json
 from rlhf_ray.outcomes import StageRequest
@@ -160,7 +160,7 @@ def finetune(
         episode = Episode(state=state, steps=steps)
     state = episode.state
     start = replace(state, best_path=())
-    run = run_of(spec, METHOD, episode, test_metric=report(stages, state))
+    run = run_of(spec, METHOD, episode, utility=_utility(policy), test_metric=report(stages, state))
     best = StageRequest(task=task.name, replica=replica, path=state.best_path)
     return FineTuned(
         model=_tuned(model, tree.state_dict(best)),
@@ -186,6 +186,13 @@ def _engine_settings(
     if process["precision"] == "bf16" and engine.torch_device.type == "cuda":
         return replace(engine, precision="bf16")
     return engine
+
+
+def _utility(policy: Policy) -> Utility:
+    """That of the policy's sweep."""
+    config = policy.metadata.get("config", {})
+    own = {"tuning_cost": "utility_cost", "switch_cost": "utility_switch"}
+    return Utility(**{name: config[field] for name, field in own.items() if field in config})
 
 
 def _tuned(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

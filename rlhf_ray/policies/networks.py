@@ -25,9 +25,6 @@ Controller = Literal["levels", "single"]
 UNTRIED = -1e6
 """What an action counts that was not met often enough to leave a schedule for it."""
 
-SET_BACK = 1e3
-"""Taken off all but the schedule's action where that is not to be left; more than any advantage."""
-
 HEAD_SCALE = 0.1
 """Initial scale of the heads: values of actions never tried start near 0, not at random."""
 
@@ -53,7 +50,7 @@ class NetworkSettings:
             level, before the schedule is left for it, >= 0.
         assurance: standard deviations over members of its advantage over the schedule's action
             that are taken off that advantage, >= 0.
-        margin: what is left must exceed this, >= 0.
+        margin: what is left must exceed this, >= 0, in units of the reward.
         departs: False: the schedule is left only where its own action is not open.
     """
 
@@ -289,7 +286,8 @@ def decided(
     place_B1 = torch.tensor(settings.schedule)[done_B, level_B].unsqueeze(-1)
     usual_MB1 = values_MBA.gather(-1, place_B1.expand(len(values_MBA), -1, 1))
     sure = pessimistic(values_MBA - usual_MB1, settings.assurance)
-    sure = sure if settings.departs else sure - SET_BACK
+    if not settings.departs:  # below the schedule's action, in their own order
+        sure = sure - sure.amax(-1, keepdim=True) - 1.0
     # below every other, but above what is not open: the schedule's action may not be open itself
     sure = sure.where(tried[done_B, level_B] >= settings.least_tried, UNTRIED)
     return sure.scatter(-1, place_B1, settings.margin)

@@ -272,3 +272,14 @@ def test_front_holds_exactly_what_no_other_beats(found, higher):
             sign * n >= sign * m and d <= c and (sign * n > sign * m or d < c) for n, d in found
         )
         assert shown != beaten
+
+
+@pytest.mark.parametrize("performance", ["gain", "value"])
+def test_a_walk_is_rewarded_as_what_a_policy_plays(performance):
+    spec, stages = spec_of(2, performance=performance), SyntheticStages()
+    played, steps = roll_out(
+        spec, Observer(), scripted(spec, ("train_mid", 0), ("train_mid", 0), ("stop", 0)), stages,
+        "a", 0,
+    )  # fmt: skip
+    walked = walk(spec, stages, "a", 0, played.path, acting=[0, 0])[-1]
+    assert walked.steps == steps[:2]

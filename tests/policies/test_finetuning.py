@@ -288,3 +288,14 @@ def test_search_needs_a_policy_with_values(active: Policy) -> None:
         run(sampled, search_stages=2)
     with pytest.raises(InputError, match="search_stages must be a whole number >= 0"):
         run(active, search_stages=-1)
+
+
+def test_the_record_is_judged_by_the_utility_of_the_policys_sweep(active: Policy) -> None:
+    usual = run(active).run
+    dear = {"utility_cost": 0.5, "utility_switch": 0.0}
+    found = run(replace(active, metadata={**active.metadata, "config": dear})).run
+    assert found.cost == usual.cost > 0
+    assert found.val_utility == pytest.approx(found.val_metric - 0.5 * found.cost)
+    assert usual.val_utility == pytest.approx(
+        usual.val_metric - 0.02 * usual.cost - 0.002 * usual.switches
+    )
