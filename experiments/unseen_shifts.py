@@ -28,7 +28,7 @@ import rlhf_ray as rr
 from rlhf_ray.evaluation.baselines import baselines_for
 from rlhf_ray.evaluation.judging import Run, compare
 from rlhf_ray.evaluation.rollouts import Episode, walk
-from rlhf_ray.evaluation.running import run_baselines
+from rlhf_ray.evaluation.running import choose_and_play
 from rlhf_ray.operations import Train
 from rlhf_ray.outcomes import StageStep
 
@@ -72,7 +72,7 @@ def schedules(
 
     def make() -> dict[str, Any]:
         context, stages, suite = here.context(here.config(0)), here.stages(), here.suite
-        found = run_baselines(
+        found = choose_and_play(
             context.spec,
             stages,
             train_tasks=[task.name for task in suite.train_tasks],

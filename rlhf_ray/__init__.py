@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_ray.commands.terminal import Terminal
     from rlhf_ray.config import SearchConfig
     from rlhf_ray.errors import InputError, RlhfRayError, StageError, StorageError
     from rlhf_ray.evaluation.comparing import run_baselines
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "evaluation.comparing": ("run_baselines",),
+    "commands.terminal": ("Terminal",),
     "config": ("SearchConfig",),
     "errors": ("InputError", "RlhfRayError", "StageError", "StorageError"),
     "policies.finetuning": ("FineTuned", "finetune"),
@@ -48,6 +50,7 @@ __all__ = [
     "StorageError",
     "Suite",
     "Task",
+    "Terminal",
     "Train",
     "default_operations",
     "finetune",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.commands import command_line
-from rlhf_ray.commands.command_line import OK, TRIALS_FAILED, Flag, SuiteOptions
+from rlhf_ray.commands.command_line import OK, TIME_IS_UP, TRIALS_FAILED, Flag, SuiteOptions
 from rlhf_ray.commands.terminal import Terminal, counted, duration, number
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.errors import InputError
@@ -35,7 +35,7 @@ DESCRIPTION = (
     "Learns how to fine-tune: sweeps reinforcement-learning policies that decide which level of a "
     "pretrained model to tune, how, and when to stop. The same command resumes an unfinished sweep "
     "and shows a finished one. Swept flags take one or more values. Exit status: 0; 2 bad input; "
-    "3 some trials failed; 130 interrupted."
+    "3 some trials failed; 4 the time was up before the end; 1 all else; 130 interrupted."
 )
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -78,7 +78,8 @@ class LaunchOptions:
             trials are done, summing up is carried to its end.
         list: show the sweeps under the storage path, and do nothing else.
         dry_run: show what would run, with estimated stages and time; write nothing.
-        json: print exactly summary.json on stdout, everything else on stderr.
+        json: print exactly summary.json on stdout, or where there is none yet what --list tells of
+            the sweep; everything else on stderr.
         quiet: show errors and the result in one line.
         version: show the versions of this package, torch and Ray.
     """
@@ -106,7 +107,7 @@ def main(
 
     Args:
         argv: the arguments; None: those of the process.
-        on_sweep: told the sweep's folder before it runs.
+        on_sweep: told the sweep's name before it runs.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     stopped = f"interrupted. What is done is kept; this goes on with it: {_again(arguments)}"
@@ -132,6 +133,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[LaunchOptions, SuiteOptions, S
 
 def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> int:
     options, suite_options, config = read_flags(arguments)
+    given = command_line.given(arguments)
     if options.version:
         print(_versions())
         return OK
@@ -145,10 +147,12 @@ def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> i
         if options.list:
             answer, status = _list(config, terminal), OK
         elif options.dry_run:
-            answer, status = _dry_run(options, suite_options, config, terminal), OK
+            answer, status = _dry_run(options, suite_options, config, given, terminal), OK
         else:
             again = _again(arguments)
-            answer, status = _search(options, suite_options, config, terminal, again, on_sweep)
+            answer, status = _search(
+                options, suite_options, config, given, terminal, again, on_sweep
+            )
     if options.json:
         stdout.write(json.dumps(answer, indent=1) + "\n")
     return status
@@ -171,12 +175,16 @@ def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
 
 
 def _dry_run(
-    options: LaunchOptions, suite_options: SuiteOptions, config: SearchConfig, terminal: Terminal
+    options: LaunchOptions,
+    suite_options: SuiteOptions,
+    config: SearchConfig,
+    given: set[str],
+    terminal: Terminal,
 ) -> dict[str, Any]:
     _say_loading(terminal)
-    _check_before_loading(suite_options, config)
+    _check_before_loading(suite_options, config, given)
     with _scratch_copy(config.storage_path) as scratch:
-        suite = suite_options.load(scratch, terminal.message)
+        suite = suite_options.load(scratch, terminal.message).without_defaults(given)
     from rlhf_ray.sweep.search import plan
 
     config = with_defaults(config, suite.defaults)
@@ -203,6 +211,7 @@ def _search(
     options: LaunchOptions,
     suite_options: SuiteOptions,
     config: SearchConfig,
+    given: set[str],
     terminal: Terminal,
     again: str,
     on_sweep: Callable[[str], object] | None,
@@ -213,18 +222,21 @@ def _search(
     _check_storage(config.storage_path)
     _say_loading(terminal)
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", MENDED)  # read when Ray is imported
-    _check_before_loading(suite_options, config)
+    _check_before_loading(suite_options, config, given)
     suite = suite_options.load(_pretrained_at(config.storage_path), terminal.message)
+    suite = suite.without_defaults(given)
+    from rlhf_ray.sweep.results import listed
     from rlhf_ray.sweep.search import plan, search
 
     config = with_defaults(config, suite.defaults)
     planned = plan(suite, config, fresh=options.fresh)
-    finished = planned.state == "finished" and not options.fresh
     _show_header(terminal, suite, config, planned)
     if on_sweep is not None:
-        on_sweep(planned.directory)
-    if finished:
+        on_sweep(planned.name)
+    if planned.complete:
         terminal.message("This sweep is finished: shown again, not run (--fresh starts it over).")
+    elif planned.state == "finished" and not options.fresh:
+        terminal.message("This sweep is finished: only baselines that it lacks are run.")
     result = search(
         suite, config, fresh=options.fresh, max_minutes=options.max_minutes, progress=terminal
     )
@@ -235,7 +247,8 @@ def _search(
     if waiting:
         terminal.say(f"The time is up: {waiting} of {len(result.trials)} trials are still to do.")
         terminal.show_lines("This goes on with the rest:", f"  {again}")
-    return result.summary, TRIALS_FAILED if result.failures else OK
+    answer = result.summary or listed(result)
+    return answer, TIME_IS_UP if waiting else TRIALS_FAILED if result.failures else OK
 
 
 # -- what the command shows ------------------------------------------------------------------------
@@ -259,7 +272,14 @@ def _show_header(
         f"at most {counted(config.horizon, 'stage')} each; "
         f"{counted(config.judge_replicas, 'replica seed')}"
     )
+    if suite.defaults:
+        own = (f"{name} {_words(getattr(config, name))}" for name in suite.defaults)
+        terminal.message(f"defaults of the suite: {', '.join(own)}")
     terminal.show_lines(f"results  {planned.directory}")
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _prospect(planned: "SearchPlan", config: SearchConfig, *, fresh: bool) -> str:
@@ -269,8 +289,10 @@ def _prospect(planned: "SearchPlan", config: SearchConfig, *, fresh: bool) -> st
     if planned.state != "new":
         there = f"{planned.n_done} of {len(planned.trials)} trials are done"
         there = f"A sweep of this name is there ({planned.state}; {there}): it would "
+        if planned.complete:
+            return f"{there}be shown again, not run."
         if not fresh and planned.state == "finished":
-            return f"{there}be shown again, not run; only baselines that it lacks would be."
+            return f"{there}be shown again; only baselines that it lacks would be run."
         there += "be started over. " if fresh else "go on from there. "
         estimate = f"In all at most {highest} stages to learn, "
     if config.replay_only:
@@ -325,7 +347,7 @@ def _show_result(
         terminal.message(stages_account(result.summary["stages"]))
     if not methods and len(result.failures) == len(result.trials):
         terminal.say("No trial ended well: there is no policy.")
-    page = f"{result.directory}/{PAGE_FILE}"
+    page = result.path_of(PAGE_FILE)
     terminal.show_lines("", "Results page, to open in a browser:", f"  {page}")
     if methods:
         _show_next_steps(terminal, result, options, config)
@@ -335,19 +357,20 @@ def _show_next_steps(
     terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
 ) -> None:
     from rlhf_ray.commands.tables import copyable
+    from rlhf_ray.storage import without_options
     from rlhf_ray.sweep.results import BEST_POLICY
 
     directory = str(result.directory)
     rows = result.summary.get("rows", [])
     task = str(next((row["task"] for row in rows if row["method"] == "policy"), "TASK"))
     apply = [
-        "python", "-m", "rlhf_ray.apply", "--policy", f"{directory}/{BEST_POLICY}",
+        "python", "-m", "rlhf_ray.apply", "--policy", result.path_of(BEST_POLICY),
         *_suite_flags(options), "--task", task, "--output", "tuned.safetensors",
     ]  # fmt: skip
     if config.storage_path != SearchConfig.storage_path:
         apply += ["--storage-path", config.storage_path]
     steps = {
-        "TensorBoard:": ["tensorboard", "--logdir", directory],
+        "TensorBoard:": ["tensorboard", "--logdir", without_options(directory)],
         "Results page, live:": ["python", "-m", "rlhf_ray.report", directory, "--serve"],
         "Fine-tune one task with the policy:": apply,
     }
@@ -414,7 +437,7 @@ def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _check_before_loading(options: SuiteOptions, config: SearchConfig) -> None:
+def _check_before_loading(options: SuiteOptions, config: SearchConfig, given: set[str]) -> None:
     """Checks all that hangs on no level or task: loading the suite may pretrain for minutes."""
     from rlhf_ray.evaluation.baselines import baselines_for
     from rlhf_ray.suites import suite_defaults
@@ -423,7 +446,8 @@ def _check_before_loading(options: SuiteOptions, config: SearchConfig) -> None:
     config.engine_settings()
     defaults = suite_defaults(options.suite)
     if defaults is not None:  # one's own suite may want another algorithm or observation
-        check_observation(with_defaults(config, defaults))
+        wanted = {name: value for name, value in defaults.items() if name not in given}
+        check_observation(with_defaults(config, wanted))
 
 
 def _check_storage(location: str) -> None:
@@ -433,8 +457,9 @@ def _check_storage(location: str) -> None:
     local = open_storage(location).local_path()
     missing = [p for p in (local, *local.parents) if not p.exists()] if local is not None else []
     open_storage(location, check=True)
-    for folder in missing:
-        folder.rmdir()
+    with contextlib.suppress(OSError):  # another process has begun to use it
+        for folder in missing:
+            folder.rmdir()
 
 
 def _pretrained_at(location: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray import launch
 from rlhf_ray.commands import command_line
-from rlhf_ray.commands.command_line import FAILED, INTERRUPTED, OK, Flag
+from rlhf_ray.commands.command_line import FAILED, INTERRUPTED, OK, Flag, flag_of
 from rlhf_ray.commands.terminal import Terminal, printable
 from rlhf_ray.errors import InputError, RlhfRayError
 from rlhf_ray.submission import archive, job, staging
@@ -30,8 +30,8 @@ DESCRIPTION = (
     "Runs a sweep on a Ray cluster: uploads this package and your suite's module, runs the launch "
     "command with the flags after -- there, and shows its output. Ctrl-C or a closed lid leave the "
     "job running. The token comes from RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or "
-    "RAY_AUTH_TOKEN. Exit status: the launch command's (0; 2 bad input; 3 some trials failed; 130 "
-    "stopped, or no longer followed)."
+    "RAY_AUTH_TOKEN. Exit status: the launch command's (0; 2 bad input; 3 some trials failed; 4 "
+    "the time was up before the end; 1 all else; 130 stopped, or no longer followed)."
 )
 
 FETCH_TIMEOUT_S = 600.0
@@ -73,6 +73,14 @@ class SubmitOptions:
     def __post_init__(self) -> None:
         if self.follow is not None and self.stop is not None:
             raise InputError("one of --follow and --stop must be given, got both. Leave one out.")
+        if self.follow is not None or self.stop is not None:
+            idle = ["detach", "include", "pip", *(("fetch",) if self.stop is not None else ())]
+            given = [flag_of(name) for name in idle if getattr(self, name)]
+            if given:
+                raise InputError(
+                    "a job that runs must be named without flags that it has no use for, got "
+                    f"{' '.join(given)}. Leave them out."
+                )
         if self.detach and self.fetch is not None:
             raise InputError(
                 "fetch must come without detach, for there are no results yet, got both. Fetch "
@@ -267,8 +275,10 @@ def check_launch_flags(flags: Sequence[str]) -> None:
 
     Raises:
         InputError: the launch command would refuse the flags; the storage path is none that all
-            nodes share; or it holds a key, which Ray would record with the job.
+            nodes share; or it, or a tracker's address, holds a key, which Ray would record.
     """
+    from rlhf_ray.trackers import check_no_password
+
     _, _, config = launch.read_flags(flags)
     if config.address is not None:
         raise InputError("--address must stand before --, got it after. The job finds its cluster.")
@@ -278,6 +288,7 @@ def check_launch_flags(flags: Sequence[str]) -> None:
             "--storage-path must be a URI or an absolute path that all nodes share, got "
             f"storage_path={location!r}, which would lie in the job's throw-away folder."
         )
+    check_no_password(config)
     if holds_secret(location):
         raise InputError(
             "--storage-path must hold no key, for Ray shows a job's flags, got one. Give the nodes "

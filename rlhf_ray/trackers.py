@@ -41,6 +41,11 @@ def check_extras(config: SearchConfig) -> None:
                 f"{setting} must have its package installed, got {setting}={_shown(value)} and no "
                 f"module {module!r}. Install it: pip install 'rlhf_ray[{extra}]'."
             )
+    check_no_password(config)
+
+
+def check_no_password(config: SearchConfig) -> None:
+    """Raises InputError if a tracker's address holds a secret; needs no tracker installed."""
     if config.mlflow and without_secrets(config.mlflow) != config.mlflow:
         raise InputError(
             "mlflow must be a URI without a user, password or query, as it is kept in records, got "

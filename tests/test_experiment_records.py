@@ -24,12 +24,12 @@ def test_baselines_are_made_anew_for_other_settings_or_further_names(
 
     asked: list[tuple[set[str], int]] = []
 
-    def run_baselines(*_: Any, names: Any, max_stages: int, **more: Any) -> Any:
+    def choose_and_play(*_: Any, names: Any, max_stages: int, **more: Any) -> Any:
         asked.append((set(names), max_stages))
         runs = {name: [] for name in ("full_best", *names)}
         return SimpleNamespace(runs=runs, settings={"full_best": {"learning_rate": 0.1}})
 
-    monkeypatch.setattr(unseen_shifts, "run_baselines", run_baselines)
+    monkeypatch.setattr(unseen_shifts, "choose_and_play", choose_and_play)
     monkeypatch.setattr(unseen_shifts, "full_curve", lambda here, rate: {})
     context = SimpleNamespace(spec=None, utility=None)
     here = SimpleNamespace(

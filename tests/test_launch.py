@@ -12,6 +12,7 @@ import pytest
 from sweep_files import small_suite, write_sweep
 
 from rlhf_ray import launch
+from rlhf_ray.commands.command_line import TIME_IS_UP
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.errors import InputError
 from rlhf_ray.storage import open_storage
@@ -24,6 +25,7 @@ class FakeSweep:
 
     storage: Any
     state: str = "new"
+    complete: bool = True
     seconds: float | None = 75.0
     written: dict[str, Any] = field(default_factory=dict)
     raises: BaseException | None = None
@@ -32,7 +34,9 @@ class FakeSweep:
 
     def plan(self, suite, config, *, fresh, timed=False):
         return types.SimpleNamespace(
+            name="small-1",
             directory=f"{self.storage}/small-1",
+            complete=self.state == "finished" and not fresh and self.complete,
             state=self.state,
             n_done=1,
             trials=[{"gamma": 0.9}, {"gamma": 0.99}],
@@ -326,6 +330,10 @@ def test_a_finished_sweep_is_said_to_be_shown_again(sweep, capsys):
     assert "This sweep is finished: shown again" in capsys.readouterr().out
     assert run_main(sweep, "--fresh") == 0
     assert "shown again" not in capsys.readouterr().out
+    sweep.complete = False
+    assert run_main(sweep) == 0
+    out = capsys.readouterr().out
+    assert "only baselines that it lacks are run" in out and "shown again" not in out
 
 
 def test_an_interrupt_gives_status_130_and_the_command_that_goes_on(sweep, capsys):
@@ -345,7 +353,7 @@ def test_what_a_search_refuses_is_one_line(sweep, capsys):
 
 def test_time_is_up(sweep, capsys):
     sweep.written = {"state": "interrupted", "waiting": (2,)}
-    assert run_main(sweep, "--max-minutes", "1") == 0
+    assert run_main(sweep, "--max-minutes", "1") == TIME_IS_UP
     out = capsys.readouterr().out
     assert "The time is up: 1 of 3 trials are still to do." in out
     assert f"python -m rlhf_ray.launch --storage-path {sweep.storage} --max-minutes 1" in out
@@ -394,7 +402,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, sweep, capsys):
 @pytest.mark.parametrize(
     ("state", "flags", "expected"),
     [
-        ("finished", "", "(finished; 1 of 2 trials are done): it would be shown again, not run;"),
+        ("finished", "", "(finished; 1 of 2 trials are done): it would be shown again, not run."),
         ("finished", "--fresh", "it would be started over. In all at most 3,840 stages"),
         ("interrupted", "", "(interrupted; 1 of 2 trials are done): it would go on from there."),
         ("new", "--replay-only", "stages to learn, all of them from the tree: nothing new is"),
@@ -405,3 +413,21 @@ def test_dry_run_says_what_is_there_and_what_is_carried_out(state, flags, expect
     sweep.state = state
     assert run_main(sweep, "--dry-run", *flags.split()) == 0
     assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_flag_that_is_given_stands_whatever_the_suite_wants(sweep, monkeypatch, capsys):
+    own = {"algorithm": "q-learning", "observation": ("tabular",), "horizon": 3}
+    suite = dataclasses.replace(small_suite(), defaults=own)
+    monkeypatch.setattr("rlhf_ray.suites.load_suite", lambda name, **_: suite)
+    assert run_main(sweep, "--algorithm", "dqn", "--horizon=5") == 0
+    config = sweep.called["config"]
+    assert (config.algorithm, config.observation, config.horizon) == ("dqn", ("tabular",), 5)
+    assert "defaults of the suite: observation tabular" in capsys.readouterr().out
+    assert dict(suite.defaults) == own
+
+
+def test_json_of_a_sweep_that_the_time_cut_off_tells_where_it_is(sweep, capsys):
+    sweep.written = {"state": "interrupted", "waiting": (2,)}
+    assert run_main(sweep, "--max-minutes", "1", "--json") == TIME_IS_UP
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["trials_done"], told["trials"]) == ("interrupted", 2, 3)

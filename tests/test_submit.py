@@ -143,7 +143,7 @@ def test_job_refuses_other_versions(capsys) -> None:
 
 def test_job_names_its_sweep(monkeypatch, capsys) -> None:
     def launched(flags, *, on_sweep):
-        on_sweep("/shared/runs/digits-1/")
+        on_sweep("digits-1")
         return 3
 
     monkeypatch.setattr("rlhf_ray.launch.main", launched)
@@ -229,6 +229,12 @@ def test_fetch_of_no_sweep_says_so(tmp_path, capsys) -> None:
         (["--", "--suite", "digits"], "absolute path that all nodes share"),
         (["--", "--storage-path", "runs"], "absolute path that all nodes share"),
         (["--", "--storage-path", "s3://KEY:SECRET@bucket/x"], "must hold no key"),
+        (
+            ["--", "--storage-path", "/shared/x", "--mlflow", "postgresql://me:PASS@db/x"],
+            "mlflow must be a URI without a user, password",
+        ),
+        (["--stop", "job", "--fetch", "here"], "has no use for, got --fetch"),
+        (["--follow", "job", "--detach", "--pip"], "has no use for, got --detach --pip"),
         (["--", "--storage-path", "/s", "--address", "auto"], "must stand before --"),
         (["--follow", "a", "--", "--suite", "digits"], "without flags after --"),
         (["--follow", "a", "--stop", "a"], "one of --follow and --stop"),

@@ -115,7 +115,7 @@ def completed(settings: AlgorithmSettings, algorithm: str) -> AlgorithmSettings:
     """The settings with an algorithm's own values where they leave them to it.
 
     What `ppo` plays is learned from once: it wants many episodes per iteration and many iterations,
-    and so gets up to 32 of the first and at least 12 of the second.
+    and so gets up to 32 of the first, and of the second 12 where there are 48 episodes or more.
     """
     rate, episodes = 1e-3, 4
     if algorithm == "ppo":

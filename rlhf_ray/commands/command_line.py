@@ -27,7 +27,7 @@ from rlhf_ray.errors import InputError, RlhfRayError, check_whole, unknown_name
 if TYPE_CHECKING:
     from rlhf_ray.tasks import Suite
 
-OK, FAILED, BAD_INPUT, TRIALS_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, BAD_INPUT, TRIALS_FAILED, TIME_IS_UP, INTERRUPTED = 0, 1, 2, 3, 4, 130
 """Exit statuses."""
 
 T = TypeVar("T")
@@ -190,6 +190,12 @@ def parse(
         for title, group in groups.items()
         for flag in group
     }
+
+
+def given(argv: Sequence[str]) -> set[str]:
+    """Names of the fields whose flags stand in a command line."""
+    words = [word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")]
+    return {name for word in words for name in (word, word.removeprefix("no_"))}
 
 
 def pick(schema: type[T], values: Mapping[str, Any]) -> T:

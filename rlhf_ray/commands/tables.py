@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.commands.terminal import WIDTH, duration, number, printable, shortened
+from rlhf_ray.evaluation.statistics import FIGURES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,18 +78,10 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
     """The policy and the baselines on the test tasks, in the order given."""
     headers = ("method", metric, "+-", "cost", "switches", "utility", "rank")
     shown = _table("Methods on the test tasks", headers, left=1)
-    columns = (
-        "metric_mean",
-        "metric_sd",
-        "cost_mean",
-        "switches_mean",
-        "utility_mean",
-        "rank_mean",
-    )
     for name, row in methods.to_dict("index").items():
         shown.add_row(
             shortened(str(name), 26),
-            *(_figure(row[column]) for column in columns),
+            *(_figure(row[column]) for column in FIGURES),
             style="bold" if name == "policy" else "",
         )
     shown.caption = f"+- over replica seeds; cost in {unit}"

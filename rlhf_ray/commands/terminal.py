@@ -24,7 +24,9 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class Terminal:
-    """A command's output. A context manager: a live display ends with it, whatever happens.
+    """A command's output, or what `rr.search` tells while it runs.
+
+    A context manager: a live display ends with it, whatever happens.
 
     Args:
         file: where everything for people goes; stdout by default.

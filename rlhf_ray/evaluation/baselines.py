@@ -121,10 +121,8 @@ def fixed(bench: Bench) -> Chosen:
     halving spends at most `max_stages` distinct stages on the train tasks; the three best are
     settled on the val tasks.
     """
-    n = bench.spec.n_levels
-    sets = [(level,) for level in range(n)] + [tuple(range(level, n)) for level in range(n - 1)]
-    candidates = [candidate for levels in sets for candidate in _repeated(bench, levels)]
-    candidates += _others(bench)
+    trainings = (_repeated(bench, levels) for levels in bench.level_sets)
+    candidates = [*itertools.chain.from_iterable(trainings), *_others(bench)]
     plan = plan_halving(len(candidates), len(bench.train_tasks), bench.horizon, bench.max_stages)
     rng = np.random.default_rng(derive_seed(bench.seed, "fixed"))
     order = [bench.train_tasks[i] for i in rng.permutation(len(bench.train_tasks))]

@@ -73,6 +73,12 @@ class Bench:
         """Stages of a fine-tuning at most."""
         return self.spec.settings.horizon
 
+    @property
+    def level_sets(self) -> tuple[tuple[int, ...], ...]:
+        """What may be trained together: one level, or all from one up."""
+        n = self.spec.n_levels
+        return *((level,) for level in range(n)), *(tuple(range(low, n)) for low in range(n - 1))
+
     def stage(self, learning_rate: float, levels: Iterable[int]) -> StageStep:
         """A stage that trains levels."""
         name = f"train at {learning_rate:g}"

@@ -9,8 +9,7 @@ from rlhf_ray.engine.support import supported
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.rollouts import TolerantStages
-from rlhf_ray.evaluation.running import BaselineResults
-from rlhf_ray.evaluation.running import run_baselines as run_on
+from rlhf_ray.evaluation.running import BaselineResults, choose_and_play
 from rlhf_ray.policies.finetuning import process_spec
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tasks import Metric, Suite
@@ -64,7 +63,7 @@ def run_baselines(
     )
     store = TreeStore(open_storage(config.storage_path, check=True))
     stages = TolerantStages(LocalStages(engine, store, retry=False))
-    results = run_on(
+    results = choose_and_play(
         spec,
         stages,
         train_tasks=[task.name for task in suite.train_tasks],

@@ -31,7 +31,7 @@ class BaselineResults:
     failures: tuple[str, ...] = ()
 
 
-def run_baselines(
+def choose_and_play(
     spec: ProcessSpec,
     stages: Stages,
     *,

@@ -34,7 +34,7 @@ RETRIED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class MetSchedule:
     """A schedule that was met on all tasks, and the means over them after 0, 1, ..., N stages.
 
     Attributes:
@@ -83,11 +83,11 @@ class Tuned:
         walks: all that was met.
     """
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[MetSchedule, ...]
     walks: tuple[Walk, ...]
 
 
-def chosen(candidates: Sequence[Candidate], utility: Utility) -> Schedule:
+def chosen(candidates: Sequence[MetSchedule], utility: Utility) -> Schedule:
     """The best of some schedules at the length that pays best; empty where none pays."""
     if not candidates:
         return ()
@@ -95,7 +95,7 @@ def chosen(candidates: Sequence[Candidate], utility: Utility) -> Schedule:
     return found.moves[: found.best(utility)[1]]
 
 
-def by_weights(base: Schedule, candidates: Sequence[Candidate], weights: Utility) -> Schedule:
+def by_weights(base: Schedule, candidates: Sequence[MetSchedule], weights: Utility) -> Schedule:
     """The schedule for other cost weights: the same, unless another is better by them.
 
     Args:
@@ -253,7 +253,7 @@ class _Tuner:
         self.meet([challenger, best], n)
         return self._gain(challenger, n) > self._gain(best, n)
 
-    def candidates(self) -> tuple[Candidate, ...]:
+    def candidates(self) -> tuple[MetSchedule, ...]:
         """The schedules that met all tasks."""
         n = len(self.tasks)
         found = []
@@ -261,7 +261,7 @@ class _Tuner:
             if len(rows) == n:
                 scores, costs, switches = np.mean(rows, axis=0).T.tolist()
                 found.append(
-                    Candidate(
+                    MetSchedule(
                         moves=schedule,
                         scores=tuple(scores),
                         costs=tuple(costs),

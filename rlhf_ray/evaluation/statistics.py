@@ -14,6 +14,11 @@ from rlhf_ray.evaluation.judging import Run, known, mean
 RunsByMethod = Mapping[str, Sequence[Run]]
 """Method -> its runs; all methods have the same tasks and replica seeds."""
 
+FIGURES = (
+    "metric_mean", "metric_sd", "cost_mean", "switches_mean", "utility_mean", "rank_mean",
+)  # fmt: skip
+"""Of a method: see `summarise`."""
+
 DIGITS = 12
 """Utilities that agree to so many decimals are tied: sums of floats differ by their order."""
 

@@ -105,8 +105,7 @@ def _search(
 
 
 def _proposed(bench: Bench, trial: "Trial", proposes_length: bool) -> StagePath:
-    n = bench.spec.n_levels
-    sets = [(level,) for level in range(n)] + [tuple(range(level, n)) for level in range(n - 1)]
+    sets = bench.level_sets
     levels = sets[trial.suggest_categorical("levels", tuple(range(len(sets))))]
     place = trial.suggest_int("learning_rate", 0, len(bench.learning_rates) - 1)
     rates = bench.rates(levels)  # a grid, so that searches share stages with other baselines

@@ -74,9 +74,7 @@ def explain(
         *_by_path(paths, metric),
         *_on_drivers(shown),
     ]
-    return Explanation(
-        words=words, paths=paths, level_map=_level_map(runs, levels, kinds), drivers=shown
-    )
+    return Explanation(words=words, paths=paths, level_map=_level_map(runs, levels), drivers=shown)
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def in_words(run: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
     return f"{', '.join(before)}, then {last}" if before else last
 
 
-def _level_map(runs: Runs, levels: Sequence[str], kinds: Mapping[str, str]) -> dict[str, Any]:
+def _level_map(runs: Runs, levels: Sequence[str]) -> dict[str, Any]:
     length = max((len(run["steps"]) for run in runs), default=0)
     rows, ended = [], []
     for level in levels:

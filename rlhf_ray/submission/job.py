@@ -75,8 +75,8 @@ def _installed(name: str) -> str:
         return "none"
 
 
-def _tell(directory: str) -> None:
-    print(_MARK + directory.rstrip("/").rpartition("/")[2], flush=True)
+def _tell(sweep: str) -> None:
+    print(_MARK + sweep, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import pandas as pd
 from rlhf_ray.config import SWEPT
 from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.evaluation.judging import front
+from rlhf_ray.evaluation.statistics import FIGURES
 from rlhf_ray.policies.policy import BEST_POLICY as BEST_POLICY  # a name of the layout above
 from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
-from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.storage import Storage, open_storage, parent_of
 from rlhf_ray.sweep.driver_lock import driver_died
 
 if TYPE_CHECKING:
@@ -48,23 +49,6 @@ def write_policy(storage: Storage, folder: str, policy: Policy) -> None:
             storage.write_bytes(f"{folder}/{name}", (Path(scratch) / name).read_bytes())
 
 
-def read_policy(storage: Storage, folder: str) -> Policy:
-    """Reads a policy from any storage.
-
-    Raises:
-        InputError: there is none, or its files are cut or altered.
-    """
-    local = storage.local_path(folder)
-    if local is not None:
-        return Policy.load(local)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in (WEIGHTS_NAME, JSON_NAME):
-            data = storage.read_bytes(f"{folder}/{name}")
-            if data is not None:
-                (Path(scratch) / name).write_bytes(data)
-        return Policy.load(scratch)
-
-
 class SearchResult:
     """A search's trials, policies, comparison and account.
 
@@ -73,7 +57,7 @@ class SearchResult:
         name: the sweep's folder on it.
 
     Raises:
-        InputError: there is no sweep of that name, or it has not ended.
+        InputError: there is no sweep of that name.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -92,17 +76,16 @@ class SearchResult:
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":
         """Reads a sweep's folder: `<storage path>/<name>`, a local path or a URI."""
-        if "://" not in str(path):
-            folder = Path(path).expanduser().resolve()
-            return cls(open_storage(folder.parent), folder.name)
-        uri, mark, options = str(path).partition("?")
-        parent, _, name = uri.rstrip("/").rpartition("/")
-        return cls(open_storage(parent + mark + options), name)
+        return cls(*parent_of(path))
 
     @property
     def directory(self) -> str:
         """The sweep's folder."""
-        return f"{self._storage.shown.rstrip('/')}/{self.name}"
+        return self._storage.shown_path(self.name)
+
+    def path_of(self, name: str) -> str:
+        """A file or folder of the sweep: "best_policy" -> its path."""
+        return self._storage.shown_path(f"{self.name}/{name}")
 
     @property
     def storage_path(self) -> str:
@@ -117,7 +100,7 @@ class SearchResult:
     @property
     def finished(self) -> bool:
         """Whether the sweep has run to its end."""
-        return self.sweep["state"] == "finished"
+        return self.state == "finished"
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -146,7 +129,7 @@ class SearchResult:
         names = [known["name"] for known in self.trials]
         if trial not in names:
             raise unknown_name("trial", trial, names)
-        return read_policy(self._storage, f"{trial_folder(self.name, trial)}/policy")
+        return Policy.read(self._storage, f"{trial_folder(self.name, trial)}/policy")
 
     def table(self) -> pd.DataFrame:
         """A row per trial: its settings and its figures on the val tasks (columns as below).
@@ -170,10 +153,14 @@ class SearchResult:
         return table.loc[table["on_front"]].sort_values(by="cost").reset_index(drop=True)
 
     def methods(self) -> pd.DataFrame:
-        """A row per method on the test tasks: policy and baselines, best utility first."""
-        frame = pd.DataFrame.from_dict(self.summary.get("methods", {}), orient="index")
-        frame.index.name = "method"
-        return frame.sort_values("utility_mean", ascending=False) if len(frame) else frame
+        """A row per method on the test tasks: policy and baselines, best utility first.
+
+        Columns: `rlhf_ray.evaluation.statistics.summarise`. No rows where nothing was compared.
+        """
+        methods: Mapping[str, Mapping[str, float]] = self.summary.get("methods", {})
+        index = pd.Index(list(methods), name="method")
+        frame = pd.DataFrame(list(methods.values()), index=index, columns=list(FIGURES))
+        return frame.sort_values("utility_mean", ascending=False)
 
     def plot_front(self) -> "go.Figure":
         """Metric against cost of all trials on the val tasks, their front, and the baselines."""
@@ -225,20 +212,22 @@ def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
     for name in storage.folders():
         if not storage.exists(f"{name}/{SWEEP_FILE}"):
             continue
-        result = SearchResult(storage, name)
-        done = [trial for trial in result.trials if trial["status"] == "done"]
-        found.append(
-            {
-                "name": name,
-                "suite": result.sweep["suite"],
-                "state": result.state,
-                "trials_done": len(done),
-                "trials": len(result.trials),
-                "utility": max((t["judged"]["utility"] for t in done), default=None),
-                "path": result.directory,
-            }
-        )
+        found.append(listed(SearchResult(storage, name)))
     return found
+
+
+def listed(result: SearchResult) -> dict[str, Any]:
+    """What a list of sweeps tells of one: see `list_sweeps`."""
+    done = [trial for trial in result.trials if trial["status"] == "done"]
+    return {
+        "name": result.name,
+        "suite": result.sweep["suite"],
+        "state": result.state,
+        "trials_done": len(done),
+        "trials": len(result.trials),
+        "utility": max((trial["judged"]["utility"] for trial in done), default=None),
+        "path": result.directory,
+    }
 
 
 def _trial(storage: Storage, sweep: str, planned: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rlhf_ray.config import SearchConfig
-from rlhf_ray.evaluation.scheduling import Candidate, Walk, chosen, describe, tuned_schedules
+from rlhf_ray.evaluation.scheduling import MetSchedule, Walk, chosen, describe, tuned_schedules
 from rlhf_ray.outcomes import Outcome
 from rlhf_ray.policies.schedules import PROGRESS, as_json, from_json
 from rlhf_ray.process import ProcessSpec
@@ -79,7 +79,7 @@ def scheduled(
         context,
         schedule=from_json(spec, record["moves"]),
         candidates=tuple(
-            Candidate(
+            MetSchedule(
                 moves=from_json(spec, candidate["moves"]),
                 scores=tuple(candidate["scores"]),
                 costs=tuple(candidate["costs"]),

@@ -27,18 +27,13 @@ from rlhf_ray.process import check_operations
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.provenance import git_revision, library_versions
 from rlhf_ray.ray_session import n_cores, running_ray, stage_workers
-from rlhf_ray.report.gathering import PROGRESS_FILE
 from rlhf_ray.report.live import LivePage
-from rlhf_ray.report.page import PAGE_FILE
 from rlhf_ray.storage import Storage, open_storage
-from rlhf_ray.sweep.driver_lock import driver_lock
+from rlhf_ray.sweep.driver_lock import LOCK_FILE, driver_lock
 from rlhf_ray.sweep.plan import PlannedTrial, plan_trials
 from rlhf_ray.sweep.results import (
-    BASELINES_FILE,
-    SCHEDULE_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
-    WALKS_FILE,
     SearchResult,
 )
 from rlhf_ray.sweep.scheduling import has_schedule, scheduled
@@ -93,8 +88,7 @@ def search(
             _forget(storage, ground.name)
         _record_sweep(storage, ground)
         result = SearchResult(storage, ground.name)
-        shown = baselines_for(config.baselines, tuple(suite.levels))
-        if result.finished and _holds(result.summary, set(shown), config.search_stages):
+        if _complete(result, ground):
             return result
         try:
             _run(storage, ground, max_minutes=max_minutes, progress=progress)
@@ -106,13 +100,6 @@ def search(
         finally:
             LivePage(storage, ground.name, progress).write()
     return SearchResult(storage, ground.name)
-
-
-def _holds(summary: Mapping[str, Any], names: set[str], search_stages: int) -> bool:
-    """Whether a summary has the baselines asked for, those that search with as many stages."""
-    chosen = [summary["baseline_settings"].get(name, {}) for name in names]
-    searched = {settings["search_stages"] for settings in chosen if "search_stages" in settings}
-    return names <= set(summary["methods"]) and searched <= {search_stages}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +132,9 @@ class SearchPlan:
     """What a search would do.
 
     Attributes:
+        name: of the sweep.
         directory: the sweep's folder.
+        complete: nothing is left to do: it is finished, with all baselines asked for.
         state: "new", or of the sweep that is there: "running", "interrupted", "failed", "finished".
         n_done: trials of the sweep that is there that are done.
         trials: the swept settings of each.
@@ -155,12 +144,27 @@ class SearchPlan:
         seconds_estimate: of those carried out on this machine's cores; None: not measured.
     """
 
+    name: str
     directory: str
+    complete: bool
     state: str
     n_done: int
     trials: list[dict[str, float]]
     n_stages_estimate: tuple[int, int]
     seconds_estimate: float | None
+
+
+def _complete(result: SearchResult, ground: Ground) -> bool:
+    """Whether nothing is left to do: the sweep is finished and has all baselines asked for."""
+    shown = baselines_for(ground.config.baselines, tuple(ground.suite.levels))
+    return result.finished and _holds(result.summary, set(shown), ground.config.search_stages)
+
+
+def _holds(summary: Mapping[str, Any], names: set[str], search_stages: int) -> bool:
+    """Whether a summary has the baselines asked for, those that search with as many stages."""
+    chosen = [summary.get("baseline_settings", {}).get(name, {}) for name in names]
+    searched = {settings["search_stages"] for settings in chosen if "search_stages" in settings}
+    return names <= set(summary.get("methods", {})) and searched <= {search_stages}
 
 
 def plan(
@@ -189,7 +193,9 @@ def plan(
     highest, carried_out = _stages_estimate(ground)
     per_stage_s = _seconds_per_stage(ground) if timed and carried_out else 0.0
     return SearchPlan(
-        directory=f"{storage.shown.rstrip('/')}/{ground.name}",
+        name=ground.name,
+        complete=bool(earlier and not fresh and _complete(earlier, ground)),
+        directory=storage.shown_path(ground.name),
         state=earlier.state if earlier else "new",
         n_done=sum(trial["status"] == "done" for trial in earlier.trials) if earlier else 0,
         trials=[trial.values for trial in ground.trials],
@@ -298,14 +304,26 @@ def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation
 
 
 def _forget(storage: Storage, name: str) -> None:
-    """Deletes all of a sweep but the lock, which this process holds."""
-    for file in (
-        SWEEP_FILE, SUMMARY_FILE, BASELINES_FILE, PROGRESS_FILE, PAGE_FILE, SCHEDULE_FILE,
-        WALKS_FILE,
-    ):  # fmt: skip
-        storage.delete(f"{name}/{file}")
-    for folder in storage.folders(name):
+    """Deletes all of a sweep but the lock, which this process holds.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    record, lock = f"{name}/{SWEEP_FILE}", f"{name}/{LOCK_FILE}"
+    folders = storage.folders(name)
+    if not storage.exists(record):
+        if folders or any(file != lock for file in storage.list(name)):
+            raise InputError(
+                f"fresh must be given for a sweep's folder, got {storage.shown_path(name)!r}, "
+                f"which holds other things and no {SWEEP_FILE}. Give another --name, or empty it."
+            )
+        return
+    for folder in folders:
         storage.delete_prefix(f"{name}/{folder}")
+    for file in storage.list(name):
+        if file not in (record, lock):
+            storage.delete(file)
+    storage.delete(record)  # last: as long as anything is left, the folder is known for a sweep's
 
 
 def _record_sweep(storage: Storage, ground: Ground) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlhf_ray.evaluation.judging import judge
-from rlhf_ray.evaluation.running import run_baselines
+from rlhf_ray.evaluation.running import choose_and_play
 from rlhf_ray.evaluation.statistics import against, rows, summarise
 from rlhf_ray.policies.finetuning import METHOD
 from rlhf_ray.policies.schedules import as_json
@@ -49,7 +49,7 @@ def sum_up(
         ]
     )
     progress.phase("baselines")
-    baselines = run_baselines(
+    baselines = choose_and_play(
         context.spec,
         stages,
         train_tasks=[task.name for task in suite.train_tasks],

@@ -19,7 +19,7 @@ from rlhf_ray.engine.descriptors import SourceMoments
 from rlhf_ray.env import EpisodePlan, FineTuningEnv
 from rlhf_ray.evaluation.departures import Departures, departures
 from rlhf_ray.evaluation.judging import Run, Utility, judge, summary_of
-from rlhf_ray.evaluation.scheduling import Candidate, Walk
+from rlhf_ray.evaluation.scheduling import MetSchedule, Walk
 from rlhf_ray.operations import operation_as_json
 from rlhf_ray.policies.attribution import Decision, drivers, recorded
 from rlhf_ray.policies.observations import Observer
@@ -75,7 +75,7 @@ class TrialContext:
     stages: RayStages
     source_moments: SourceMoments | None
     schedule: Schedule | None = None
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[MetSchedule, ...] = ()
     walks: tuple[Walk, ...] = ()
 
     @property

@@ -198,9 +198,10 @@ class _Watcher(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._episodes[trial.trial_id] = result["episodes"]
-        self._logical[trial.trial_id] = result["stages/logical"]
-        curve = self._curves.setdefault(trial.config["trial"], [])
+        name = trial.config["trial"]  # Tune gives a trial that was lost another id
+        self._episodes[name] = result["episodes"]
+        self._logical[name] = result["stages/logical"]
+        curve = self._curves.setdefault(name, [])
         curve.append([result["episodes"], result["train/return"]])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

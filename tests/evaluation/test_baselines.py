@@ -14,7 +14,7 @@ from rlhf_ray.evaluation.baselines import ALWAYS, baselines_for
 from rlhf_ray.evaluation.choosing import plan_halving
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.optimum import acting_levels, best_fine_tuning
-from rlhf_ray.evaluation.running import run_baselines
+from rlhf_ray.evaluation.running import choose_and_play
 from rlhf_ray.operations import Refit, Skip, Stop, Train, default_operations
 from rlhf_ray.outcomes import StageRequest, StageStep
 from rlhf_ray.process import (
@@ -35,7 +35,7 @@ TEST = ["test0", "test1"]
 
 
 def run(stages, names=(), *, spec=None, max_stages=200, seed=0, **kwargs):
-    return run_baselines(
+    return choose_and_play(
         spec or spec_of(2),
         stages,
         train_tasks=TRAIN,
@@ -313,7 +313,9 @@ def test_baselines_take_over_neither_scales_nor_a_pull():
 
 def test_missing_tasks_are_refused():
     with pytest.raises(InputError, match="train and val tasks to choose on, got 0 and 1"):
-        run_baselines(spec_of(2), SyntheticStages(), train_tasks=[], val_tasks=["v"], test_tasks=[])
+        choose_and_play(
+            spec_of(2), SyntheticStages(), train_tasks=[], val_tasks=["v"], test_tasks=[]
+        )
 
 
 def tiny_suite() -> Suite:
@@ -345,7 +347,7 @@ def test_all_baselines_run_on_the_engine():
         reference_flops=engine.reference_flops(),
         settings=ProcessSettings(horizon=2),
     )
-    results = run_baselines(
+    results = choose_and_play(
         spec,
         LocalStages(engine),
         train_tasks=["train0", "train1"],

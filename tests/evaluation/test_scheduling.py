@@ -4,7 +4,7 @@ from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.judging import Utility
 from rlhf_ray.evaluation.scheduling import (
-    Candidate,
+    MetSchedule,
     by_weights,
     candidate_moves,
     chosen,
@@ -132,7 +132,7 @@ def test_dearer_switches_and_stages_choose_other_schedules_without_a_stage_more(
     assert words(tuning_cost=5.0, switch_cost=0.0) == "none"
     assert words(tuning_cost=0.065, switch_cost=0.002) == "train_mid late x 4"
     figures = {"scores": (0.5, 0.6), "costs": (0.1, 0.2), "switches": (0.0, 0.0)}
-    twins = [Candidate(moves=(move,), **figures) for move in chosen(found, UTILITY)[:2]]
+    twins = [MetSchedule(moves=(move,), **figures) for move in chosen(found, UTILITY)[:2]]
     assert by_weights(twins[1].moves, twins, UTILITY) == twins[1].moves  # no better: not another
     assert len(stages.stages_asked()) == asked
     assert chosen((), UTILITY) == ()

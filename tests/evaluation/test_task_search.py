@@ -8,14 +8,14 @@ from synthetic import START, SyntheticStages, learns, price, spec_of
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation import task_search
 from rlhf_ray.evaluation.baselines import baselines_for
-from rlhf_ray.evaluation.running import run_baselines
+from rlhf_ray.evaluation.running import choose_and_play
 
 BOTH = ("asha", "tpe")
 TEST = ["test0", "test1"]
 
 
 def run(stages, *, search_stages=12, seed=0, spec=None, threads=4):
-    return run_baselines(
+    return choose_and_play(
         spec or spec_of(3, horizon=4),
         stages,
         train_tasks=["train0"],

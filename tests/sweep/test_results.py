@@ -14,7 +14,6 @@ from rlhf_ray.sweep.results import (
     TABLE_COLUMNS,
     SearchResult,
     list_sweeps,
-    read_policy,
     trial_folder,
     write_policy,
 )
@@ -90,14 +89,14 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, name: str) -> None:
 def test_policies_go_through_any_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(tmp_path)
     write_policy(storage, "here/policy", policy())
-    local = read_policy(storage, "here/policy")
+    local = Policy.read(storage, "here/policy")
     monkeypatch.setattr(Storage, "local_path", lambda self, name="": None)
-    for found in (local, read_policy(storage, "here/policy")):
+    for found in (local, Policy.read(storage, "here/policy")):
         assert found.levels == ("low", "head")
         for name, value in policy().weights.items():
             assert torch.equal(found.weights[name], value)
     with pytest.raises(InputError, match="policy"):
-        read_policy(storage, "there/policy")
+        Policy.read(storage, "there/policy")
 
 
 def test_policy_of_any_trial(tmp_path: Path) -> None:
@@ -146,3 +145,10 @@ def test_a_sweep_whose_driver_was_killed_is_not_running(
     state = "interrupted" if beat_s_ago else "running"
     assert SearchResult.load(tmp_path / "small-1").state == state
     assert [sweep["state"] for sweep in list_sweeps(str(tmp_path))] == [state]
+
+
+def test_methods_have_their_columns_also_where_nothing_was_compared(tmp_path: Path) -> None:
+    write_sweep(tmp_path, state="interrupted", waiting=(0, 1, 2))
+    methods = SearchResult.load(tmp_path / "small-1").methods()
+    assert len(methods) == 0
+    assert list(methods[["metric_mean", "utility_mean"]].columns) == ["metric_mean", "utility_mean"]

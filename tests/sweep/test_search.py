@@ -695,3 +695,33 @@ def test_driver_killed_again_and_again_loses_nothing_committed(
     finished: Finished, launch: Callable[..., Launched], tmp_path: Path
 ) -> None:
     kill_and_go_on(finished, launch, tmp_path, kills=4)
+
+
+def test_fresh_leaves_folders_alone_that_are_no_sweeps(tmp_path: Path) -> None:
+    photo = tmp_path / "mine" / "photos" / "one.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"holds other things and no sweep\.json"):
+        search(small_suite(), config(tmp_path, name="mine"), fresh=True)
+    assert photo.read_bytes() == b"x" and not (tmp_path / "mine" / "sweep.json").exists()
+
+
+def test_a_sweep_that_is_half_forgotten_is_still_known_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("sweep.json", "trials/000/trial.json", "summary.json", "suite_flags.json"):
+        (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / file).write_text("{}")
+    storage, delete = open_storage(tmp_path), Storage.delete
+
+    def broken(self: Storage, name: str) -> None:
+        if name.endswith("summary.json"):
+            raise KeyboardInterrupt
+        delete(self, name)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Storage, "delete", broken)
+        sweep._forget(storage, "mine")
+    assert storage.exists("mine/sweep.json") and storage.folders("mine") == []
+    sweep._forget(storage, "mine")
+    assert storage.list("mine") == []
