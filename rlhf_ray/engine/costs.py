@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_ray.engine.alignment import (
     align_where_it_helps,
@@ -25,17 +26,6 @@ from rlhf_ray.levels import LevelSplit
 from rlhf_ray.operations import FlopCounts, Pass
 from rlhf_ray.tasks import Task, call_model, loss_on, map_inputs, n_examples
 
-_aten = torch.ops.aten
-# torch before 2.15 counts nothing for the CPU's fused attention, whose arguments are the others'
-for _cpu, _other in (
-    (_aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_flash_attention),
-    (
-        _aten._scaled_dot_product_flash_attention_for_cpu_backward,
-        _aten._scaled_dot_product_flash_attention_backward,
-    ),
-):
-    flop_registry.setdefault(_cpu, flop_registry[_other])
-
 _BATCH = 2
 """Examples per measurement; batch statistics need more than one."""
 
@@ -44,8 +34,9 @@ class FlopModel:
     """FLOPs per example of a plan's segments, counted on a task's own data.
 
     Counted by `torch.utils.flop_counter` on executed runs, with the kernels switched off that it
-    cannot see into (oneDNN's and cuDNN's LSTM, the fused Transformer path). Results are kept. The
-    model is left as it was.
+    cannot see into (oneDNN's and cuDNN's LSTM, the fused Transformer path), and attention by its
+    plain formula: so the counts are the same on all devices. Results are kept. The model is left as
+    it was.
 
     Args:
         plan: how the model is cut.
@@ -198,7 +189,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _visible_kernels() -> Iterator[None]:
     onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    with no_fast_path():
+    with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
         # the public context managers set TF32 along with it, and warn of that, or fail
         torch._C._set_mkldnn_enabled(False)
         torch._C._set_cudnn_enabled(False)
