@@ -220,6 +220,11 @@ class SearchConfig:
         none = {"epsilon": (0.0,)} if self.algorithm in WITHOUT_EPSILON else {}
         return {name: getattr(self, name) for name in SWEPT} | none
 
+    @property
+    def cluster(self) -> str | None:
+        """Address of the Ray cluster that is asked for; None: one in this process, or a local."""
+        return self.address or os.environ.get("RAY_ADDRESS")
+
     def engine_settings(self) -> "EngineSettings":
         """How stages are carried out."""
         from rlhf_ray.engine.loaded_model import EngineSettings

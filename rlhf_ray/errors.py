@@ -26,6 +26,10 @@ class FailedStageError(StageError):
     """
 
 
+class FullDeviceError(StageError):
+    """A stage found no memory on a GPU that others use, too; tried again later it may."""
+
+
 class LostProcessError(RlhfRayError, RuntimeError):
     """A process that a trial needs was lost with its node, or killed: the trial starts again."""
 

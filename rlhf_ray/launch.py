@@ -443,7 +443,9 @@ def _check_before_loading(options: SuiteOptions, config: SearchConfig, given: se
     from rlhf_ray.suites import suite_defaults
 
     baselines_for([name for name in config.baselines if not name.startswith("level:")], levels=())
-    config.engine_settings()
+    settings = config.engine_settings()
+    if not config.cluster:
+        settings.check_device()
     defaults = suite_defaults(options.suite)
     if defaults is not None:  # one's own suite may want another algorithm or observation
         wanted = {name: value for name, value in defaults.items() if name not in given}

@@ -62,7 +62,7 @@ def running_ray(config: SearchConfig) -> Iterator[str | None]:
     if ray.is_initialized():
         yield _dashboard()
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = config.cluster
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
@@ -137,6 +137,17 @@ def needs(config: SearchConfig) -> Needs:
         InputError: a share of GPUs that cannot be had.
     """
     nodes, share = node_resources(), config.gpus_per_worker
+    if config.device == "cuda" or config.precision == "bf16":
+        if not total(nodes, "GPU"):
+            raise InputError(
+                "device must be there, got no GPU on any node for "
+                f"device={config.device!r}, precision={config.precision!r}. Use 'auto' and 'fp32'."
+            )
+        if share == 0:
+            raise InputError(
+                f"gpus_per_worker must be > 0 for device={config.device!r}, "
+                f"precision={config.precision!r}, got gpus_per_worker=0. Or use 'cpu' and 'fp32'."
+            )
     asked = Needs(
         worker_cpus=config.cpus_per_worker,
         worker_gpus=0.0 if share == "auto" else share,

@@ -150,10 +150,23 @@ class Task:
 
 
 def loss_on(device: torch.device, task: Task) -> Loss:
-    """A task's loss for outputs on a device: a module's tensors (class weights, say) are moved."""
-    if isinstance(task.loss, nn.Module):
-        return copy.deepcopy(task.loss).to(device)
-    return task.loss
+    """A task's loss for outputs on a device: its tensors (class weights, say) are moved.
+
+    Those of a module, and the arguments of a `functools.partial`.
+    """
+    return _moved(task.loss, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device)
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, functools.partial):
+        args = [_moved(arg, device) for arg in value.args]
+        keywords = {name: _moved(arg, device) for name, arg in value.keywords.items()}
+        return functools.partial(_moved(value.func, device), *args, **keywords)
+    return value
 
 
 def _named_tensors(data: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
@@ -325,8 +338,9 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
         outputs = call_model(model, map_inputs(lambda value: value[:2], x))
         if not isinstance(outputs, Tensor):
             raise InputError(f"{where}: the model must return a tensor, got {_kind(outputs)}.")
-        if task.loss is F.cross_entropy and not y.is_floating_point():
-            _check_labels(task, split, outputs)
+        ignored = _ignored_label(task.loss)
+        if ignored is not None and not y.is_floating_point():
+            _check_labels(task, split, outputs, ignored)
         regression = task.loss in _OF_ONE_SHAPE or isinstance(task.loss, _KINDS_OF_ONE_SHAPE)
         if regression and outputs.shape != y[:2].shape:
             raise InputError(
@@ -376,8 +390,21 @@ def _refused(requirement: str, where: str = "") -> Iterator[None]:
         raise InputError(f"{requirement}, got {type(error).__name__}{place}: {reason}") from error
 
 
-def _check_labels(task: Task, split: str, outputs: Tensor) -> None:
+def _ignored_label(loss: Any) -> int | None:
+    """The label that a loss on class labels leaves out; None for other losses."""
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        return loss.ignore_index
+    inner = loss.func if isinstance(loss, functools.partial) else loss
+    if inner not in (F.cross_entropy, F.nll_loss):
+        return None
+    return loss.keywords.get("ignore_index", -100) if inner is not loss else -100
+
+
+def _check_labels(task: Task, split: str, outputs: Tensor, ignored: int) -> None:
     y = task.split(split)[1]
+    y = y[y != ignored]
+    if not len(y):
+        raise InputError(f"task {task.name!r}, {split}: there must be labels, got {ignored} alone.")
     if y.dtype not in (torch.int64, torch.uint8):
         raise InputError(f"task {task.name!r}, {split}: class labels must be int64, got {y.dtype}.")
     low, high = int(y.min()), int(y.max())

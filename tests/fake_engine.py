@@ -71,6 +71,9 @@ class FakeEngine:
         finally:
             self._inside = False
 
+    def release(self) -> None:
+        self.released = getattr(self, "released", 0) + 1
+
     def _run(
         self,
         request: StageRequest,

@@ -1,7 +1,9 @@
+import pytest
 import ray
 
 from rlhf_ray import ray_session
 from rlhf_ray.config import SearchConfig
+from rlhf_ray.errors import InputError
 from rlhf_ray.ray_session import running_ray
 
 
@@ -35,3 +37,16 @@ def test_workers_share_the_gpus_that_there_are_unless_said_otherwise(monkeypatch
     assert ray_session.needs(SearchConfig(gpus_per_worker=1)).worker_gpus == 1
     nodes[:] = [{"CPU": 8.0}]
     assert ray_session.needs(SearchConfig()).worker_gpus == 0
+
+
+@pytest.mark.parametrize("changes", [{"device": "cuda"}, {"precision": "bf16"}])
+def test_a_gpu_must_be_on_a_node_and_reserved(changes, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(ray_session, "node_resources", lambda: [{"CPU": 8.0}])
+    with pytest.raises(InputError, match="got no GPU on any node"):
+        ray_session.needs(SearchConfig(**changes))
+    monkeypatch.setattr(
+        ray_session, "node_resources", lambda: [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 1}]
+    )
+    assert ray_session.needs(SearchConfig(**changes)).worker_gpus == 0.25
+    with pytest.raises(InputError, match="gpus_per_worker must be > 0"):
+        ray_session.needs(SearchConfig(gpus_per_worker=0, **changes))

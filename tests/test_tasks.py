@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +94,11 @@ def test_the_tensors_of_a_loss_go_where_the_outputs_are_and_the_loss_stays_as_it
     assert moved.weight.device.type == "meta"
     assert weighted.weight is not None and weighted.weight.device.type == "cpu"
     assert loss_on(torch.device("meta"), task()) is F.cross_entropy
+    given = functools.partial(F.cross_entropy, weight=torch.ones(3), reduction="mean")
+    moved = loss_on(torch.device("meta"), task(loss=given))
+    assert isinstance(moved, functools.partial) and moved.keywords["reduction"] == "mean"
+    assert moved.keywords["weight"].device.type == "meta"
+    assert given.keywords["weight"].device.type == "cpu"
 
 
 def test_accuracy_of_classes_and_of_pixels() -> None:
@@ -134,6 +141,11 @@ def rows(outputs: Tensor, targets: Tensor) -> Tensor:
         ({"levels": {"low": ["0"], "head": ["3"]}}, "module of level 'head'"),
         ({"test_tasks": [task("c", test=(X, Y + 7))]}, r"'c', test: labels must lie in \[0, 2\]"),
         ({"test_tasks": [task("c", train=(X, Y - 1))]}, "got labels from -1 to 1"),
+        (
+            {"test_tasks": [task("c", train=(X, Y + 1), loss=nn.CrossEntropyLoss())]},
+            "got labels from 1 to 3",
+        ),
+        ({"test_tasks": [task("c", train=(X, 0 * Y - 100))]}, "there must be labels, got -100"),
         ({"test_tasks": [task("c", val=(X, Y.int()))]}, "labels must be int64, got torch.int32"),
         ({"test_tasks": [task("c", train=(X[:, :3], Y))]}, "'c': model and loss must take its"),
         ({"val_tasks": [task("c", test=(X[:, :3], Y))]}, "must take its data, got .* on test"),
@@ -188,3 +200,20 @@ def test_a_tasks_label_is_its_name_unless_given() -> None:
     assert labelled.known_as == "a" and labelled.digest == first.digest
     with pytest.raises(InputError, match="label must be a string, got label=3"):
         dataclasses.replace(first, label=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("loss", "ignored"),
+    [
+        (F.cross_entropy, -100),
+        (nn.CrossEntropyLoss(ignore_index=255), 255),
+        (functools.partial(F.cross_entropy, ignore_index=7), 7),
+    ],
+)
+def test_labels_that_the_loss_leaves_out_may_be_there(loss: Any, ignored: int) -> None:
+    y = Y.clone()
+    y[-1] = ignored
+    suite(train_tasks=[task("void", train=(X, y), loss=loss)])
+    y[-2] = ignored + 1
+    with pytest.raises(InputError, match="labels must lie in"):
+        suite(train_tasks=[task("void", train=(X, y), loss=loss)])

@@ -46,17 +46,27 @@ OWN_BLOCK_BYTES = 1 << 20
 
 
 def in_own_block(tensor: Tensor) -> Tensor:
-    """A copy outside the C library's heap: its memory goes back to the system when it is dropped.
+    """A tensor to keep: no part of a larger one, and on the CPU outside the C library's heap.
+
+    Its memory goes back to the system when it is dropped.
 
     Args:
-        tensor: any; one that is small, or not on the CPU, is returned as it is.
+        tensor: any; one that is small, or not on the CPU, is copied only where it is a view of a
+            larger one, which would live as long.
 
     Returns:
         The same values, shape and (if the tensor is dense) strides, without gradient.
     """
     n_bytes = tensor.numel() * tensor.element_size()
     if tensor.device.type != "cpu" or n_bytes < OWN_BLOCK_BYTES:
-        return tensor
+        part = tensor.untyped_storage().nbytes() > n_bytes
+        return tensor.detach().clone() if part else tensor
     strides = torch.empty_like(tensor, device="meta").stride()
     block = torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=tensor.dtype)
     return block.as_strided(tensor.shape, strides).copy_(tensor.detach())
+
+
+def to_keep(value: Tensor) -> Tensor:
+    """A copy on the CPU; a GPU puts it in the order of a file first, which takes a CPU long."""
+    value = value.detach()
+    return (value.contiguous() if value.is_cuda else value).to("cpu", copy=True)

@@ -7,7 +7,7 @@ boundary; not what a stage is.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -68,10 +68,23 @@ class EngineSettings:
                 raise InputError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
         if self.cache_bytes < 0:
             raise InputError(f"cache_bytes must be >= 0, got cache_bytes={self.cache_bytes}.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device must be there, got device='cuda'. Use 'auto' or 'cpu'.")
-        if self.precision == "bf16" and self.torch_device.type != "cuda":
+        if self.precision == "bf16" and self.device == "cpu":
             raise InputError("precision 'bf16' needs a CUDA device, got device='cpu'. Use 'fp32'.")
+
+    def check_device(self) -> None:
+        """Raises InputError unless this machine has the device; another one of a cluster may."""
+        if torch.cuda.is_available():
+            return
+        if self.device == "cuda":
+            raise InputError("device must be there, got device='cuda'. Use 'auto' or 'cpu'.")
+        if self.precision == "bf16":
+            raise InputError("precision 'bf16' needs a CUDA device, got none. Use 'fp32'.")
+
+    def on_this_machine(self) -> "EngineSettings":
+        """The same, or on a machine without the device what prices stages as well there."""
+        if torch.cuda.is_available():
+            return self
+        return replace(self, device="cpu", precision="fp32")
 
     @property
     def torch_device(self) -> torch.device:
@@ -105,6 +118,7 @@ class LoadedModel:
     """
 
     def __init__(self, suite: Suite, settings: EngineSettings) -> None:
+        settings.check_device()
         self.settings = settings
         self.device = settings.torch_device
         self.split = split_levels(suite.model, suite.levels)
@@ -146,6 +160,13 @@ class LoadedModel:
             self.model.to(memory_format=torch.contiguous_format)
             return False
         return True
+
+    def release(self) -> None:
+        """Drops kept activations and the tasks' data, and gives the GPU's free memory back."""
+        self._activations = ActivationCache(self.settings.cache_bytes)
+        self._splits.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # -- weights and data ----------------------------------------------------------------------
 

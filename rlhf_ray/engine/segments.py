@@ -360,14 +360,23 @@ def no_fast_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; training flags and random state are put back."""
+    """Eval mode and full precision inside; training flags, random state, TF32 are put back.
+
+    A GPU may answer a batch in TF32 and a smaller one exactly: as far apart as a model that mixes
+    the examples of a batch.
+    """
     training = [module for module in model.modules() if module.training]
+    cudnn, cublas = torch._C._get_cudnn_allow_tf32(), torch._C._get_cublas_allow_tf32()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         for module in training:
             module.training = False
+        torch._C._set_cudnn_allow_tf32(False)
+        torch._C._set_cublas_allow_tf32(False)
         try:
             yield
         finally:
+            torch._C._set_cudnn_allow_tf32(cudnn)
+            torch._C._set_cublas_allow_tf32(cublas)
             for module in training:
                 module.training = True

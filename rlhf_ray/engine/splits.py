@@ -60,6 +60,10 @@ class Splits:
         self._kept.move_to_end(key)
         return self._kept[key]
 
+    def clear(self) -> None:
+        """Keeps nothing."""
+        self._kept.clear()
+
     def _placed(self, task: Task, split: str) -> SplitData:
         x, y = task.split(split)
         if split == "val" and y.shape[0] > self._val_size:

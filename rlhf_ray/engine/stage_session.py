@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weighted_modules
+from rlhf_ray.engine.allocation import to_keep
 from rlhf_ray.engine.fitting import fit_output, layer_inputs
 from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
@@ -209,10 +210,7 @@ class Session:
         loaded = self._loaded
         return {
             level: LevelState(
-                weights={
-                    name: loaded.state[name].detach().to("cpu", copy=True)
-                    for name in loaded.split.state[level]
-                },
+                weights={name: to_keep(loaded.state[name]) for name in loaded.split.state[level]},
                 optimizer={
                     entry: value
                     for entry, value in self._kept.items()

@@ -61,6 +61,11 @@ class Engine:
         suite: its model is copied, not touched.
         settings: see `EngineSettings`.
         source_moments: activation moments on the source data, where the suite holds none of it.
+        carries_out: False: it prices stages and looks at source data, no more, and does so on the
+            CPU where this machine lacks the device that the settings ask for.
+
+    Raises:
+        InputError: this machine lacks that device.
     """
 
     def __init__(
@@ -69,12 +74,14 @@ class Engine:
         settings: EngineSettings | None = None,
         *,
         source_moments: SourceMoments | None = None,
+        carries_out: bool = True,
     ) -> None:
         self.settings = settings or EngineSettings()
         self.identity = suite_identity(suite, self.settings)
         self.n_levels = len(self.identity.levels)
         self._suite = suite
-        self._loaded = LoadedModel(suite, self.settings)
+        here = self.settings if carries_out else self.settings.on_this_machine()
+        self._loaded = LoadedModel(suite, here)
         self._flop_models: dict[tuple[object, ...], FlopModel] = {}
         self._source = source_moments
 
@@ -82,6 +89,11 @@ class Engine:
     def plan(self) -> SegmentPlan:
         """How the model is cut at its level boundaries, and what could not be cached."""
         return self._loaded.plan
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it carries stages out on a GPU."""
+        return self._loaded.device.type == "cuda"
 
     # -- what is asked of an engine ------------------------------------------------------------
 
@@ -91,6 +103,8 @@ class Engine:
         Raises:
             InputError: a figure is NaN or infinite: nothing could be gained on it.
         """
+        source = self.source_moments()  # made once: of no stage's time
+        flops = _flops(self._ledger(request))
         began = time.perf_counter()
         task = self._suite.task(request.task)
         pretrained = (PRETRAINED,) * self.n_levels
@@ -104,7 +118,6 @@ class Engine:
                 f"task {task.name!r}: the pretrained model's figures on val must be finite, got "
                 f"metric={metric}, loss={loss}, entropy={entropy}."
             )
-        source = self.source_moments()
         gradient, probe_loss = self._gradient_probe(task)
         return Outcome(
             key=self.identity.key(request),
@@ -112,7 +125,7 @@ class Engine:
             loss=loss,
             entropy=entropy,
             train_loss=probe_loss,
-            flops=_flops(self._ledger(request)),
+            flops=flops,
             time_s=time.perf_counter() - began,
             versions=pretrained,
             descriptors={
@@ -136,11 +149,11 @@ class Engine:
             The outcome, and the states of the levels that the stage changed (CPU tensors; none if
             it diverged).
         """
+        source = self.source_moments()  # asks the pretrained model, so before the state is loaded
         began = time.perf_counter()
         task = self._suite.task(request.task)
         key = self.identity.key(request)
         step = request.path[-1]
-        source = self.source_moments()  # asks the pretrained model, so before the state is loaded
         self._loaded.load(parent.versions, load)
         session = Session(
             self._loaded,
@@ -167,6 +180,7 @@ class Engine:
             figures = figures if diverged else found
         if diverged:
             versions = parent.versions
+        time_s = time.perf_counter() - began
         outcome = Outcome(
             key=key,
             metric=figures[0],
@@ -175,7 +189,7 @@ class Engine:
             train_loss=parent.train_loss if diverged else session.train_loss(),
             diverged=diverged,
             flops=_flops(self._ledger(request, session.changed), session.charged),
-            time_s=time.perf_counter() - began,
+            time_s=time_s,
             versions=versions,
             meta=self._meta,
         )
@@ -312,6 +326,10 @@ class Engine:
                 self.plan.output(values, 0)
             self._source = SourceMoments(levels=levels(), outputs=outputs())
         return self._source
+
+    def release(self) -> None:
+        """Gives back what memory it can: for a device that others need, or that is full."""
+        self._loaded.release()
 
     @functools.cached_property
     def _meta(self) -> dict[str, str]:

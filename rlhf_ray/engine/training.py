@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.engine.allocation import to_keep
 from rlhf_ray.operations import OptimizerName, Train
 
 
@@ -87,7 +88,7 @@ def optimizer_state(
 ) -> dict[str, Tensor]:
     """The optimizer's state as "<slot>/<parameter name>" -> CPU tensor."""
     return {
-        f"{slot}/{name}": value.detach().to("cpu", copy=True)
+        f"{slot}/{name}": to_keep(value)
         for name, parameter in parameters.items()
         for slot, value in optimizer.state[parameter].items()
         if isinstance(value, Tensor)

@@ -234,7 +234,7 @@ def _stages_asked(ground: Ground) -> tuple[int, int]:
 
 def _seconds_per_stage(ground: Ground) -> float:
     """Of every stage that a level can ask for, on the first task, divided among the workers."""
-    engine = Engine(ground.suite, ground.config.engine_settings())
+    engine = Engine(ground.suite, ground.config.engine_settings().on_this_machine())
     stages, task = LocalStages(engine), ground.suite.train_tasks[0].name
     steps = distinct_steps(ground.operations, engine.n_levels)
     requests = [
@@ -249,6 +249,8 @@ def _seconds_per_stage(ground: Ground) -> float:
     finally:
         torch.set_num_threads(threads)
     n_workers = ground.config.num_workers
+    if engine.on_gpu:  # workers that share one take turns
+        n_workers = torch.cuda.device_count()
     return sum(seconds) / len(seconds) / (n_cores() if n_workers == "auto" else n_workers)
 
 
@@ -419,7 +421,7 @@ def _run(
     ends = began + 60 * max_minutes if max_minutes is not None and left else None
     _set_state(storage, ground.name, "running")
     progress.phase("starting Ray and the workers")
-    engine = Engine(suite, config.engine_settings())
+    engine = Engine(suite, config.engine_settings(), carries_out=False)
     for line in ground.left_out:
         progress.message(line)
     if engine.plan.reason:

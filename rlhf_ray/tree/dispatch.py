@@ -13,7 +13,13 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
-from rlhf_ray.errors import FailedStageError, RlhfRayError, StageError, StorageError
+from rlhf_ray.errors import (
+    FailedStageError,
+    FullDeviceError,
+    RlhfRayError,
+    StageError,
+    StorageError,
+)
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.tree.stage_tree import describe
 from rlhf_ray.tree.tally import Answer
@@ -27,8 +33,8 @@ MAX_EPISODES = 10_000
 MAX_OVERTAKEN = 16
 """A job that others overtook this often is next, whatever is at hand."""
 
-STORAGE_PAUSE_S = 0.5
-"""Before a stage is tried again whose outcome could not be stored; doubled each time."""
+PAUSE_S = 0.5
+"""Before a stage is tried again that found no storage or memory; doubled each time."""
 
 MAX_FAILED_IN_LEDGER = 200
 """Failed stages that a ledger names: it travels with every stage."""
@@ -235,8 +241,8 @@ class Dispatcher:
         job.attempts += 1
         if job.attempts < self._max_attempts:
             self.counts["retried"] += 1
-            if isinstance(error, StorageError):  # an object store that is busy, say
-                await asyncio.sleep(STORAGE_PAUSE_S * 2 ** (job.attempts - 1))
+            if isinstance(error, StorageError | FullDeviceError):  # busy: later it may have room
+                await asyncio.sleep(PAUSE_S * 2 ** (job.attempts - 1))
             job.pinned = None
             self.waiting.appendleft(job)
             return

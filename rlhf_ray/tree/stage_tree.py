@@ -49,6 +49,10 @@ class StageEngine(Protocol):
         """The whole model in a state."""
         ...
 
+    def release(self) -> None:
+        """Gives back what memory it can."""
+        ...
+
 
 class Stages(Protocol):
     """Answers requests, by whatever means: `LocalStages`, or `workers.RayStages`."""
@@ -137,6 +141,10 @@ class LocalStages:
     def identity(self) -> Identity:
         """What the keys of its suite have in common."""
         return self.engine.identity
+
+    def release(self) -> None:
+        """Has the engine give back what memory it can; level states stay."""
+        self.engine.release()
 
     def outcome(self, request: StageRequest, namespace: str = "") -> Answer:
         """Answers one request; carries out what is missing, ancestors included.

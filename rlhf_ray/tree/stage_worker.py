@@ -13,7 +13,7 @@ from ray import cloudpickle
 from torch import Tensor
 
 from rlhf_ray.engine.allocation import keep_freed_memory
-from rlhf_ray.errors import InputError, RlhfRayError, StageError
+from rlhf_ray.errors import FullDeviceError, InputError, RlhfRayError, StageError
 from rlhf_ray.outcomes import Identity, StageRequest
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tree.dispatch import Ledger, first_line
@@ -66,6 +66,7 @@ class StageWorker:
         try:
             torch.set_num_threads(threads)
             keep_freed_memory()
+            _prepare_gpu()
             make: MakeEngine = ray.get(cloudpickle.loads(make_engine))
             store = TreeStore(open_storage(storage_path))
             if mark and not store.has_mark(mark):
@@ -106,9 +107,14 @@ class StageWorker:
             return self._stages.outcome(request, episode)
         except Exception as error:
             self._broken = is_lost_device(error)
-            return as_ours("a stage must run", error)
+            found = as_ours("a stage must run", error)
+            full = is_full_device(error)
         finally:
             self._running = ""
+        if full:  # here nothing of what was under way is held any more
+            self._stages.release()
+            return FullDeviceError(str(found))
+        return found
 
     def state_dict(self, request: StageRequest) -> dict[str, Tensor] | RlhfRayError:
         """The whole model in a state."""
@@ -118,6 +124,21 @@ class StageWorker:
             return self._stages.state_dict(request, namespace="state_dict")
         except Exception as error:
             return as_ours("a state must be had", error)
+
+
+def _prepare_gpu() -> None:
+    """Before CUDA starts in this process: the same stage gives the same, and on the right GPU."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows all GPUs to who reserved none
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+
+
+def is_full_device(error: BaseException | None) -> bool:
+    """Whether the GPU's memory did not suffice, which others use, too: later it may."""
+    if error is None:
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or is_full_device(error.__cause__)
 
 
 def is_lost_device(error: BaseException | None) -> bool:

@@ -67,6 +67,9 @@ def test_a_block_of_its_own_holds_the_same_in_the_same_order(tensor):
 def test_small_tensors_stay_where_they_are():
     small = torch.randn(1000)
     assert in_own_block(small) is small
+    last = torch.randn(8, 100, 4)[:, -1]  # of a recurrent layer, say: it would keep all steps
+    own = in_own_block(last)
+    assert torch.equal(own, last) and own.untyped_storage().nbytes() == 8 * 4 * 4
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
