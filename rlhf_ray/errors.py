@@ -26,8 +26,8 @@ class FailedStageError(StageError):
     """
 
 
-class FullDeviceError(StageError):
-    """A stage found no memory on a GPU that others use, too; tried again later it may."""
+class FullDeviceError(FailedStageError):
+    """A stage found no memory on a GPU; tried again later it may, if others use that GPU, too."""
 
 
 class LostProcessError(RlhfRayError, RuntimeError):

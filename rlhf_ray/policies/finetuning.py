@@ -1,11 +1,13 @@
 """`rr.finetune`: a policy fine-tunes one task, at once or with a short search. No Ray here."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.loaded_model import EngineSettings
@@ -80,6 +82,18 @@ def process_spec(
     )
 
 
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """CuDNN chooses kernels that give the same again; the caller's setting is put back."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@_deterministic()
 def finetune(
     model: nn.Module,
     levels: Mapping[str, Sequence[str]],

@@ -108,12 +108,12 @@ class StageWorker:
         except Exception as error:
             self._broken = is_lost_device(error)
             found = as_ours("a stage must run", error)
-            full = is_full_device(error)
+            if is_full_device(error):
+                found = FullDeviceError(str(found))
         finally:
             self._running = ""
-        if full:  # here nothing of what was under way is held any more
-            self._stages.release()
-            return FullDeviceError(str(found))
+        if isinstance(found, FullDeviceError):
+            self._stages.release()  # not before: the error held the frames of what was under way
         return found
 
     def state_dict(self, request: StageRequest) -> dict[str, Tensor] | RlhfRayError:

@@ -1,6 +1,7 @@
 """The CUDA path of the engine: the same stages, bf16, and nothing that leaves the device."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -129,6 +130,31 @@ def test_data_and_weights_lie_on_the_device_and_states_on_the_cpu() -> None:
     for data in loaded._splits.kept:
         assert {v.device.type for v in (*data.values.values(), data.targets)} == {CUDA.device}
     assert {value.device.type for value in weights.values()} == {"cpu"}
+
+
+def test_what_is_kept_is_in_the_order_of_a_file() -> None:
+    stages = stages_of("cnn4", CUDA)
+    _, weights = carried_out(stages)
+    assert all(value.is_contiguous() for value in weights.values())
+
+
+def test_released_memory_is_the_devices_again() -> None:
+    stages = stages_of("cnn4", CUDA)
+    expected, _ = carried_out(stages)
+    before = torch.cuda.memory_allocated()
+    stages.release()
+    assert torch.cuda.memory_allocated() < before
+    again = StageRequest(task="task", replica=1, path=REQUEST.path)
+    assert stages.outcome(again).outcome.loss == pytest.approx(expected.loss, rel=0.5)
+
+
+def test_tensors_of_a_partial_are_on_the_device_with_the_outputs() -> None:
+    suite = suite_of(zoo.CASES["cnn4"])
+    (task,) = suite.train_tasks
+    weight = torch.ones(int(task.train[1].max()) + 1)
+    loss = functools.partial(torch.nn.functional.cross_entropy, weight=weight)
+    suite = dataclasses.replace(suite, train_tasks=[dataclasses.replace(task, loss=loss)])
+    assert not LocalStages(Engine(suite, CUDA)).outcome(REQUEST).outcome.diverged
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

@@ -17,7 +17,7 @@ from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.training import batch_order
 from rlhf_ray.errors import FailedStageError, InputError
-from rlhf_ray.operations import Operation, Refit, StageSession, Train
+from rlhf_ray.operations import Operation, Refit, StageSession, Train, default_operations
 from rlhf_ray.outcomes import PRETRAINED, StagePath, StageRequest, StageStep
 from rlhf_ray.tasks import Metric, Suite, Task, call_model, map_inputs
 from rlhf_ray.tree.stage_tree import LocalStages
@@ -141,6 +141,31 @@ def test_run_same_request_twice_gives_the_same_outcome() -> None:
     second.outcome(StageRequest(task="task", path=path_of((1,), (0,), (1,))))  # other work before
     a, b = first.outcome(request).outcome, second.outcome(request).outcome
     assert (a.metric, a.loss, a.train_loss, a.key) == (b.metric, b.loss, b.train_loss, b.key)
+
+
+def test_an_engine_that_gave_its_memory_back_goes_on_as_before() -> None:
+    kept, released = (LocalStages(Engine(cnn_suite(), SETTINGS)) for _ in range(2))
+    for path in (path_of((1,)), path_of((1,), (1,)), path_of((1,), (1,), (0, 1))):
+        request = StageRequest(task="task", path=path)
+        expected, found = kept.outcome(request).outcome, released.outcome(request).outcome
+        assert (found.key, found.loss, found.flops) == (expected.key, expected.loss, expected.flops)
+        released.release()
+
+
+def test_an_engine_for_accounts_prices_what_another_machine_carries_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings = EngineSettings(device="cuda", precision="bf16", val_size=SETTINGS.val_size)
+    with pytest.raises(InputError, match="device must be there, got device='cuda'"):
+        Engine(cnn_suite(), settings)
+    engine = Engine(cnn_suite(), settings, carries_out=False)
+    assert engine.identity.precision == "bf16"
+    plain = Engine(cnn_suite(), SETTINGS)
+    assert engine.reference_flops() == plain.reference_flops()
+    path = path_of((1,), (0,))
+    prices, expected = (each.prices(default_operations())("task", path) for each in (engine, plain))
+    assert prices == expected > 0
 
 
 def test_key_replicas_differ_but_share_the_start() -> None:
