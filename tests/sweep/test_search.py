@@ -23,7 +23,7 @@ from torch import nn
 
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.engine.support import supported
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, StageError
 from rlhf_ray.operations import Operation, Skip, StageSession, Stop, Train
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.finetuning import finetune
@@ -493,9 +493,12 @@ def test_a_model_that_is_one_level_of_any_name_is_searched_too(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_replaying_what_is_not_there_fails_with_a_clear_line(tmp_path: Path) -> None:
-    result = search(small_suite(), config(tmp_path, replay_only=True))
+    line = "every stage must be in the tree when replaying"
+    with pytest.raises(StageError, match=line):  # the schedule comes first
+        search(small_suite(), config(tmp_path, replay_only=True))
+    result = search(small_suite(), config(tmp_path, replay_only=True, schedule=False))
     assert len(result.failures) == 2 and not result.summary
-    assert "every stage must be in the tree when replaying" in result.failures[0]["error"]
+    assert line in result.failures[0]["error"]
 
 
 @pytest.mark.slow
