@@ -510,6 +510,8 @@ def begin_and_leave(cluster: Cluster, project: Path, arguments: tuple[str, ...])
     process = subprocess.Popen(
         [sys.executable, "-m", "rlhf_ray.submit", "--address", cluster.address, *arguments],
         cwd=project, env=cluster.environment, stdout=subprocess.PIPE, text=True,
+        # not ignored, as it is by what a shell runs in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     said = ""
