@@ -182,18 +182,26 @@ def stages_account(stages: Mapping[str, float]) -> str:
 
 
 def copyable(command: Sequence[str], *, columns: int = 78) -> list[str]:
-    r"""A shell command in lines that can be copied as they stand.
+    r"""A shell command in lines that can be copied; a flag keeps its value where both fit.
 
-    >>> copyable(["run", "--name", "a b", "--list"], columns=16)
-    ['run --name \\', "    'a b' \\", '    --list']
+    >>> copyable(["run", "--name", "a b", "--list"], columns=20)
+    ["run --name 'a b' \\", '    --list']
     """
-    lines, line = [], ""
+    parts: list[str] = []
     for word in map(shlex.quote, command):
-        if line and len(line) + 1 + len(word) > columns - 2:
-            lines.append(line + " \\")
-            line = "    " + word
+        flag = parts[-1] if parts else ""
+        value = flag.startswith("--") and " " not in flag and not word.startswith("--")
+        if value and 4 + len(flag) + 1 + len(word) <= columns - 2:
+            parts[-1] = f"{flag} {word}"
         else:
-            line = f"{line} {word}" if line else word
+            parts.append(word)
+    lines, line = [], ""
+    for part in parts:
+        if line and len(line) + 1 + len(part) > columns - 2:
+            lines.append(line + " \\")
+            line = "    " + part
+        else:
+            line = f"{line} {part}" if line else part
     return [*lines, line]
 
 
