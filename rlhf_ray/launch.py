@@ -133,7 +133,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[LaunchOptions, SuiteOptions, S
 
 def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> int:
     options, suite_options, config = read_flags(arguments)
-    given = command_line.given(arguments)
+    given = command_line.fields_in(arguments)
     if options.version:
         print(_versions())
         return OK
@@ -412,8 +412,7 @@ def _flag_groups() -> dict[str, list[Flag]]:
 def _check_list(arguments: Sequence[str]) -> None:
     """A list runs nothing: who gives it a run's flags thinks that it does."""
     allowed = ("--list", "--storage-path", "--json", "--quiet")
-    given = [word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
-    idle = dict.fromkeys(flag for flag in given if flag not in allowed)
+    idle = dict.fromkeys(flag for flag in command_line.flags_in(arguments) if flag not in allowed)
     if idle:
         raise InputError(
             f"--list must stand alone or with {', '.join(allowed[1:])}, got {' '.join(idle)}. "

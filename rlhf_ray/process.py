@@ -356,11 +356,11 @@ def advance(
         skips=state.skips + 1 if outcome is None else 0,
         terminated=terminated,
     )
-    step = recorded(spec, state, after, operation, levels, level=state.level, outcome=outcome)
+    step = step_record(spec, state, after, operation, levels, level=state.level, outcome=outcome)
     return after, step
 
 
-def recorded(
+def step_record(
     spec: ProcessSpec,
     before: State,
     after: State,

@@ -394,10 +394,9 @@ def _ignored_label(loss: Any) -> int | None:
     """The label that a loss on class labels leaves out; None for other losses."""
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         return loss.ignore_index
-    inner = loss.func if isinstance(loss, functools.partial) else loss
-    if inner not in (F.cross_entropy, F.nll_loss):
-        return None
-    return loss.keywords.get("ignore_index", -100) if inner is not loss else -100
+    inner = loss if isinstance(loss, functools.partial) else functools.partial(loss)
+    known = inner.func in (F.cross_entropy, F.nll_loss)
+    return inner.keywords.get("ignore_index", -100) if known else None
 
 
 def _check_labels(task: Task, split: str, outputs: Tensor, ignored: int) -> None:

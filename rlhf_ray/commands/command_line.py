@@ -192,10 +192,15 @@ def parse(
     }
 
 
-def given(argv: Sequence[str]) -> set[str]:
-    """Names of the fields whose flags stand in a command line."""
-    words = [word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")]
-    return {name for word in words for name in (word, word.removeprefix("no_"))}
+def flags_in(argv: Sequence[str]) -> list[str]:
+    """The flags in a command line, however they are written: "--val_size=8" -> "--val-size"."""
+    return [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+
+
+def fields_in(argv: Sequence[str]) -> set[str]:
+    """Names of the fields that the flags in a command line set: "--no-share" -> "share"."""
+    names = [flag[2:].replace("-", "_") for flag in flags_in(argv)]
+    return {*names, *(name.removeprefix("no_") for name in names)}
 
 
 def pick(schema: type[T], values: Mapping[str, Any]) -> T:
@@ -228,7 +233,7 @@ def _check_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> None:
     valid = {*flags, "--help"} | {
         f"--no-{name[2:]}" for name, flag in flags.items() if flag.default is True
     }
-    given = [word.split("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    given = flags_in(argv)
     for name in given:
         if name not in valid:
             raise unknown_name("flag", name, valid)

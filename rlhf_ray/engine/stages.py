@@ -90,11 +90,6 @@ class Engine:
         """How the model is cut at its level boundaries, and what could not be cached."""
         return self._loaded.plan
 
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it carries stages out on a GPU."""
-        return self._loaded.device.type == "cuda"
-
     # -- what is asked of an engine ------------------------------------------------------------
 
     def start(self, request: StageRequest) -> Outcome:

@@ -23,10 +23,10 @@ from rlhf_ray.process import (
     action_mask,
     advance,
     affordable,
-    recorded,
     stage_request,
     start_request,
     start_state,
+    step_record,
     with_stage,
 )
 from rlhf_ray.tree.stage_tree import Stages as TreeStages
@@ -234,7 +234,7 @@ def walk(
         after = with_stage(spec, state, step.operation, step.levels, outcome)
         switches = state.switches + abs(level - state.level)
         after = replace(after, level=level, switches=switches)
-        record = recorded(
+        record = step_record(
             spec, state, after, step.operation, step.levels, level=level, outcome=outcome
         )
         found.append(Episode(state=after, steps=(*found[-1].steps, record)))

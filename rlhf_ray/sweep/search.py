@@ -234,7 +234,8 @@ def _stages_asked(ground: Ground) -> tuple[int, int]:
 
 def _seconds_per_stage(ground: Ground) -> float:
     """Of every stage that a level can ask for, on the first task, divided among the workers."""
-    engine = Engine(ground.suite, ground.config.engine_settings().on_this_machine())
+    settings = ground.config.engine_settings().on_this_machine()
+    engine = Engine(ground.suite, settings)
     stages, task = LocalStages(engine), ground.suite.train_tasks[0].name
     steps = distinct_steps(ground.operations, engine.n_levels)
     requests = [
@@ -249,7 +250,7 @@ def _seconds_per_stage(ground: Ground) -> float:
     finally:
         torch.set_num_threads(threads)
     n_workers = ground.config.num_workers
-    if engine.on_gpu:  # workers that share one take turns
+    if settings.torch_device.type == "cuda":  # workers that share one take turns
         n_workers = torch.cuda.device_count()
     return sum(seconds) / len(seconds) / (n_cores() if n_workers == "auto" else n_workers)
 
