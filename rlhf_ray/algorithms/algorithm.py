@@ -101,6 +101,12 @@ class HandoverAlgorithm(Algorithm):
         self._scratch = tempfile.TemporaryDirectory(prefix="rlhf_ray_")
         self._logdir = self._scratch.name
 
+    def cleanup(self) -> None:
+        """Ends runners and learner, and removes the directory that stood in for Tune's."""
+        super().cleanup()
+        if not self._storage:
+            self._scratch.cleanup()
+
     @property
     def _settings(self) -> AlgorithmSettings:
         return self.config.settings

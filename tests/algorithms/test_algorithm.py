@@ -2,6 +2,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -337,6 +338,14 @@ def test_every_level_is_an_rl_module_and_the_encoder_is_one(local_ray):
     for name, value in module.networks.state_dict().items():
         assert torch.equal(value, after[name]), name  # the runner plays with the learner's weights
     algorithm.stop()
+
+
+@pytest.mark.parametrize("name", ["dqn", "ppo", "q-learning"])
+def test_a_stopped_algorithm_leaves_no_directory(local_ray, name):
+    algorithm = make(name=name, **({"epsilon": 0.0} if name == "ppo" else {}))
+    assert Path(algorithm.logdir).is_dir()
+    algorithm.stop()
+    assert not Path(algorithm.logdir).exists()
 
 
 @pytest.mark.parametrize("name", ["dqn", "ppo", "q-learning"])
