@@ -23,7 +23,7 @@ OptimizerName = Literal["adam", "sgd"]
 NEEDS = {
     "source": "source data to hold the model's activations against, and modules with a weight and "
     "a bias",
-    "output layer": "a last level that ends with a linear layer, whose output is the model's",
+    "output layer": "a last level that ends with a plain linear layer, whose output is the model's",
     "readable targets": "classes or real values that a linear read-out of its outputs can explain",
 }
 """What operations may need of a suite (`rlhf_ray.engine.support`)."""

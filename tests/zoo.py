@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from rlhf_ray.tasks import Inputs, Loss
 
@@ -200,6 +201,45 @@ class PreActivation(nn.Module):
         return self.c(x)
 
 
+class Normed(nn.Module):
+    """Weights made from others at each call, and normalisation of every other kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = parametrizations.weight_norm(nn.Conv2d(1, 8, 3))
+        self.group, self.instance = nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
+        self.b = parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))  # power iteration in train mode
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.instance(self.group(self.a(x))))
+        return self.head(F.relu(self.b(x)).mean((2, 3)))
+
+
+class Packed(nn.Module):
+    """Sequences of different lengths go through a recurrent layer packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.recurrent = nn.GRU(8, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        lengths = (~padding).sum(1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embedding(tokens), lengths, batch_first=True, enforce_sorted=False
+        )
+        _, hidden = self.recurrent(packed)
+        return self.head(torch.cat([hidden[-2], hidden[-1]], 1))
+
+
+def convnext() -> nn.Module:
+    config = torchvision.models.convnext.CNBlockConfig
+    blocks = [config(16, 32, 2), config(32, None, 1)]
+    return torchvision.models.ConvNeXt(blocks, stochastic_depth_prob=0.2, num_classes=10)
+
+
 def tokens(n: int) -> dict[str, Tensor]:
     lengths = torch.randint(3, 8, (n, 1))
     lengths[0] = 7
@@ -232,4 +272,14 @@ CASES = {
                            lambda n: (torch.randn(n, 6),), classes, "fx"),
     "resnet18": Case(lambda: torchvision.models.resnet18(weights=None), RESNET, images(3, 64),
                      classes, "fx"),
+    "normed": Case(Normed, {"a": ["a", "group"], "b": ["instance", "b"], "head": ["head"]},
+                   images(1, 10), classes, "fx"),
+    "convnext": Case(convnext, {"stem": ["features.0"], "stage": ["features.1"],
+                                "down": ["features.2"], "top": ["features.3", "classifier"]},
+                     images(3, 16), classes, "fx"),
 }  # fmt: skip
+
+PACKED = Case(
+    Packed, {n: [n] for n in ("embedding", "recurrent", "head")}, tokens, classes, "replay"
+)
+"""What its recurrent layer puts out has no batch dimension: below the head nothing is cached."""

@@ -41,17 +41,29 @@ _FIRST: tuple[type[nn.Module], ...] = (
 _LAST: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
 
 
+def runs_as_torch_has_it(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
+    """Whether a module is of one of these kinds and computes what torch's own does.
+
+    One whose class has another `forward`, or whose calls are hooked (weight norm and pruning as
+    torch had them first), may do anything with its weights.
+    """
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    return not hooked and any(
+        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+    )
+
+
 def weighted_modules(
     model: nn.Module, split: LevelSplit, levels: Sequence[int]
 ) -> dict[str, nn.Module]:
     """The modules of some levels that scale and move each feature of their output by parameters.
 
-    Convolutions, linear and normalising layers with a weight and a bias.
+    Convolutions, linear and normalising layers with a weight and a bias, as torch has them.
     """
     owned = {name for level in levels for name in split.parameters[level]}
 
     def holds(name: str, module: nn.Module) -> bool:
-        if not isinstance(module, (*_FIRST, *_LAST)):
+        if not runs_as_torch_has_it(module, (*_FIRST, *_LAST)):
             return False
         weight, bias = module.weight, module.bias
         if not (isinstance(weight, Tensor) and isinstance(bias, Tensor)):

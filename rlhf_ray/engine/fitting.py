@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_ray.engine.alignment import runs_as_torch_has_it
 from rlhf_ray.levels import LevelSplit
 from rlhf_ray.tasks import Inputs, call_model
 
@@ -19,7 +20,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Linear | None:
     """The linear layer of the last level whose output is the model's; None if there is none.
 
-    One with frozen parameters, or with parameters that serve elsewhere too, does not count.
+    It must be torch's own, with no parameters but its weight and bias; neither may be frozen or
+    serve elsewhere too.
 
     Args:
         model: in eval mode.
@@ -35,13 +37,18 @@ def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Lin
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
     def own(name: str, layer: nn.Linear) -> bool:
-        parameters = layer.named_parameters(prefix=name)
-        return all(full in mine and uses[id(p)] == 1 for full, p in parameters)
+        parameters = dict(layer.named_parameters(prefix=name))
+        direct = {f"{name}.{short}".removeprefix(".") for short in ("weight", "bias")}
+        return parameters.keys() <= direct & mine and all(
+            uses[id(p)] == 1 for p in parameters.values()
+        )
 
     handles = [
         module.register_forward_hook(note)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and own(name, module)
+        if isinstance(module, nn.Linear)
+        and runs_as_torch_has_it(module, (nn.Linear,))
+        and own(name, module)
     ]
     try:
         with torch.no_grad():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from zoo import CASES
 
 from rlhf_ray.engine.fitting import fit_output, layer_inputs, output_layer
@@ -65,6 +66,26 @@ def test_output_layer_is_the_linear_one_whose_output_is_the_models(name: str, fo
     if layer is not None:
         features = layer_inputs(layer, lambda: model(case.inputs(2)))
         assert features.shape[-1] == layer.in_features
+
+
+class Cosine(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.normalize(input, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        Cosine(4, 3),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+        prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.3),
+    ],
+    ids=["cosine", "parametrised", "hooked"],
+)
+def test_output_layer_that_is_not_plainly_linear_is_none(head: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), head).eval()
+    split = split_levels(model, {"a": ["0"], "b": ["1"]})
+    assert output_layer(model, split, torch.randn(2, 6)) is None
 
 
 def test_a_layer_that_is_not_the_levels_own_to_change_is_not_fitted() -> None:

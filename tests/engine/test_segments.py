@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import CASES, FOUR, Case, Looping, Lstm, Mixing, TorchTransformer, cnn
+from zoo import CASES, FOUR, PACKED, Case, Looping, Lstm, Mixing, TorchTransformer, cnn
 
 from rlhf_ray.engine.boundaries import agree
 from rlhf_ray.engine.segments import SegmentPlan, no_fast_path, plan_segments
@@ -148,6 +148,13 @@ def test_model_that_cannot_be_cached_runs_plainly_and_says_so(
     torch.testing.assert_close(plan.output(plan.start(inputs), 0), model(inputs))
     with pytest.raises(InputError, match="boundary must be usable"):
         plan.take({}, torch.tensor([0]), 1)
+
+
+def test_packed_sequences_are_cached_below_the_recurrent_layer_alone() -> None:
+    torch.manual_seed(0)
+    _, _, plan, _ = _planned(PACKED)
+    assert (plan.mechanism, plan.usable) == ("replay", (True, True, False))
+    assert "recurrent.0 has no batch dimension of its own" in plan.reason
 
 
 def test_levels_against_the_flow_are_not_cached_by_replay() -> None:

@@ -27,6 +27,7 @@ LEARNING_RATE = 1e-2
 SETTINGS = EngineSettings(device="cpu", val_size=10, probe_size=6)
 # dropout draws its masks in memory order: plain torch's, for the comparison with plain torch
 PLAIN_FORMAT = EngineSettings(device="cpu", val_size=10, probe_size=6, channels_last=False)
+ALL_CASES = {**zoo.CASES, "packed": zoo.PACKED}
 
 
 def suite_of(case: zoo.Case, seed: int = 0) -> Suite:
@@ -66,9 +67,9 @@ def paths_for(n_levels: int) -> list[StagePath]:
     ]
 
 
-@pytest.mark.parametrize("name", zoo.CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_stages_cached_and_uncached_agree(name: str) -> None:
-    suite = suite_of(zoo.CASES[name])
+    suite = suite_of(ALL_CASES[name])
     cached = LocalStages(Engine(suite, SETTINGS))
     plain = LocalStages(Engine(suite, EngineSettings(device="cpu", val_size=10, cache_bytes=0)))
     for path in paths_for(len(suite.levels)):
@@ -108,9 +109,9 @@ def plain_loop(suite: Suite, path: StagePath, engine: Engine) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", zoo.CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_stages_agree_with_the_plain_loop(name: str) -> None:
-    suite = suite_of(zoo.CASES[name])
+    suite = suite_of(ALL_CASES[name])
     stages = LocalStages(Engine(suite, PLAIN_FORMAT))
     path = paths_for(len(suite.levels))[0]
     expected = plain_loop(suite, path, stages.engine).state_dict()  # type: ignore[arg-type]
