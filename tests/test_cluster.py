@@ -85,8 +85,8 @@ def unshared_storage_refused(folder: Path) -> None:
 
 
 def growth_and_loss(folder: Path) -> None:
-
     from fake_engine import FakeEngine, ran, request
+    from ray.exceptions import GetTimeoutError
 
     from rlhf_ray.placement import Needs, wanted_workers
     from rlhf_ray.tree.workers import start_workers
@@ -110,7 +110,11 @@ def growth_and_loss(folder: Path) -> None:
     ) as handle:
 
         def at_work() -> list[str]:
-            return [w["node"] for w in handle.stats()["workers"] if w["state"] in ("idle", "busy")]
+            try:
+                workers = handle.stats()["workers"]
+            except GetTimeoutError:  # where the machine is busy, the tree's actor is not up yet
+                return []
+            return [w["node"] for w in workers if w["state"] in ("idle", "busy")]
 
         wait_until(lambda: len(at_work()) == 2, about=progress.lines)
         assert set(at_work()) == {first.node_id}
