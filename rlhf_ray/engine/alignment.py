@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import LevelSplit
@@ -44,11 +45,11 @@ _LAST: tuple[type[nn.Module], ...] = (nn.Linear, nn.LayerNorm)
 def runs_as_torch_has_it(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
     """Whether a module is of one of these kinds and computes what torch's own does.
 
-    One whose class has another `forward`, or whose calls are hooked (weight norm and pruning as
-    torch had them first), may do anything with its weights.
+    One whose class has another `forward`, whose weights are made from others, or whose calls are
+    hooked (weight norm and pruning as torch had them first) may do anything with them.
     """
-    hooked = module._forward_pre_hooks or module._forward_hooks
-    return not hooked and any(
+    changed = module._forward_pre_hooks or module._forward_hooks or is_parametrized(module)
+    return not changed and any(
         isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
     )
 

@@ -20,8 +20,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Linear | None:
     """The linear layer of the last level whose output is the model's; None if there is none.
 
-    It must be torch's own, with no parameters but its weight and bias; neither may be frozen or
-    serve elsewhere too.
+    One that does not run as torch has it, with frozen parameters, or with parameters that serve
+    elsewhere too, does not count.
 
     Args:
         model: in eval mode.
@@ -36,19 +36,14 @@ def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Lin
     mine = set(split.parameters[-1])
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
 
-    def own(name: str, layer: nn.Linear) -> bool:
-        parameters = dict(layer.named_parameters(prefix=name))
-        direct = {f"{name}.{short}".removeprefix(".") for short in ("weight", "bias")}
-        return parameters.keys() <= direct & mine and all(
-            uses[id(p)] == 1 for p in parameters.values()
-        )
+    def own(name: str, layer: nn.Module) -> bool:
+        parameters = layer.named_parameters(prefix=name)
+        return all(full in mine and uses[id(p)] == 1 for full, p in parameters)
 
     handles = [
         module.register_forward_hook(note)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and runs_as_torch_has_it(module, (nn.Linear,))
-        and own(name, module)
+        if runs_as_torch_has_it(module, (nn.Linear,)) and own(name, module)
     ]
     try:
         with torch.no_grad():

@@ -342,7 +342,7 @@ def test_every_level_is_an_rl_module_and_the_encoder_is_one(local_ray):
 
 @pytest.mark.parametrize("name", ["dqn", "ppo", "q-learning"])
 def test_a_stopped_algorithm_leaves_no_directory(local_ray, name):
-    algorithm = make(name=name, **({"epsilon": 0.0} if name == "ppo" else {}))
+    algorithm = make(name=name, epsilon=0.0 if name == "ppo" else 0.1)
     assert Path(algorithm.logdir).is_dir()
     algorithm.stop()
     assert not Path(algorithm.logdir).exists()

@@ -3,7 +3,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from zoo import CASES
 
@@ -86,15 +85,14 @@ def test_depthwise_convolutions_are_aligned_feature_by_feature() -> None:
 
 def test_modules_with_a_forward_of_their_own_are_passed_over() -> None:
     torch.manual_seed(0)
-    # its LayerNorm2d is a LayerNorm whose features are dimension 1
-    blocks = [torchvision.models.convnext.CNBlockConfig(8, 8, 1)] * 2
-    model = torchvision.models.ConvNeXt(blocks, num_classes=3).eval()
-    split = split_levels(model, {"all": ["features", "classifier"]})
-    modules = weighted_modules(model, split, (0,))
+    case = CASES["convnext"]  # its LayerNorm2d is a LayerNorm whose features are dimension 1
+    model = case.model().eval()
+    split = split_levels(model, case.levels)
+    modules = weighted_modules(model, split, range(split.n_levels))
     assert {type(module) for module in modules.values()} == {nn.Conv2d, nn.Linear, nn.LayerNorm}
-    source = _moments(model, modules, torch.randn(6, 3, 16, 24))
+    source = _moments(model, modules, case.inputs(6))
     with aligning(modules, source):
-        model(torch.randn(6, 3, 16, 24))
+        call_model(model, case.inputs(6))
 
 
 def test_unexplained_is_the_error_of_a_ridge_regression_left_one_out() -> None:
