@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray.cluster_utils import Cluster
 from torch import nn
@@ -191,7 +192,8 @@ def report(name: str, storage: Path, kills: Counter[str], expected: SearchResult
 
 def main() -> None:
     print("# Fault campaigns\n\n`python experiments/faults.py`; 4 trials of 40 episodes, stages of "
-          f"{STAGE_S} s, seeded kills.\n\n| run | kills | state | trials and methods as "
+          f"{STAGE_S} s, seeded kills.\n{os.cpu_count()} cores, Ray {ray.__version__}, torch "
+          f"{torch.__version__}.\n\n| run | kills | state | trials and methods as "
           "undisturbed | stages | begun again, lost in flight | begun again though committed |\n"
           "| --- | --- | --- | --- | --- | --- | --- |", flush=True)  # fmt: skip
     os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
