@@ -3,6 +3,7 @@
 Seeds are derived here too, so that every random draw follows from what it stands for.
 """
 
+import contextlib
 import dis
 import hashlib
 import inspect
@@ -10,10 +11,12 @@ import json
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from functools import partial
 from types import (
     BuiltinFunctionType,
+    CellType,
     CodeType,
     FunctionType,
     MethodType,
@@ -21,6 +24,7 @@ from types import (
     SimpleNamespace,
 )
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -63,16 +67,16 @@ def source_digest(thing: Callable[..., Any] | type) -> str:
     Library code (torch, torchvision, this package) is identified by its name alone: a digest that
     changed with every release would void everything a storage path holds. What a callable carries
     counts too: arguments of a `functools.partial`, attributes of an object (`nn.CrossEntropyLoss`),
-    values that a function closes over, base classes, and the functions, classes and data of their
-    modules that users' functions name.
+    values that functions and methods close over, base classes, and the functions, classes and data
+    of their modules, and of modules of users', that users' functions name. A lambda, of which
+    several may share a line, and code without a text count by their bytecode.
     """
     return _source(thing, ())
 
 
-def attributes_digest(thing: object, *, besides: Container[str] = ()) -> str:
-    """Identity of an object's public attributes, as far as they are data or code; "" of none."""
-    names = [name for name in vars(thing) if not name.startswith("_") and name not in besides]
-    told = _told({name: vars(thing)[name] for name in names}, (), {id(thing)})
+def attributes_digest(attributes: Mapping[str, object], owner: object) -> str:
+    """Identity of an object's attributes, as far as they are data or code; "" of none."""
+    told = _told(attributes, (), {id(owner)})
     return digest(told) if told else ""
 
 
@@ -102,8 +106,17 @@ _one_reader = threading.Lock()
 """Python 3.11 parses in one thread at a time only: others get a SystemError."""
 
 
-@cache  # reading source takes milliseconds, and follows later edits
+_codes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Reading source takes milliseconds, and follows later edits."""
+
+
 def _code(thing: Callable[..., Any] | type) -> str:
+    if thing not in _codes:
+        _codes[thing] = _read_code(thing)
+    return _codes[thing]
+
+
+def _read_code(thing: Callable[..., Any] | type) -> str:
     module = getattr(thing, "__module__", "") or ""
     name = f"{module}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
     if module.split(".")[0] in _LIBRARY:
@@ -113,12 +126,25 @@ def _code(thing: Callable[..., Any] | type) -> str:
     return digest(name.replace("__main__", ""), _text(thing), *bases)
 
 
-def _text(thing: Callable[..., Any] | type) -> str:
-    try:
-        with _one_reader:
-            return inspect.getsource(thing)
-    except (OSError, TypeError):
-        return ""
+def _text(thing: Callable[..., Any] | type) -> Any:
+    # a function's own code: of one that `functools.wraps` dressed up, `inspect` reads the wrapped
+    code = getattr(thing, "__code__", None)
+    text = ""
+    with contextlib.suppress(OSError, TypeError), _one_reader:
+        text = inspect.getsource(code or thing)
+    if isinstance(code, CodeType) and (not text or code.co_name == "<lambda>"):
+        return [text, _bytecode(code)]
+    if isinstance(thing, type) and not text:
+        return [_bytecode(function.__code__) for function in _methods(thing)]
+    return text
+
+
+def _bytecode(code: CodeType) -> list[Any]:
+    constants = [_bytecode(const) if isinstance(const, CodeType) else repr(const)
+                 for const in code.co_consts if not isinstance(const, frozenset)]  # fmt: skip
+    sets = [sorted(map(repr, const)) for const in code.co_consts if isinstance(const, frozenset)]
+    names = [code.co_names, code.co_varnames, code.co_freevars]
+    return [code.co_code.hex(), code.co_argcount, names, constants, sets]
 
 
 def _carried(thing: Any) -> list[Any]:
@@ -128,27 +154,55 @@ def _carried(thing: Any) -> list[Any]:
     if isinstance(thing, MethodType):
         return [thing.__func__, thing.__self__]
     if isinstance(thing, FunctionType):
-        closure = [cell.cell_contents for cell in thing.__closure__ or ()]
-        return [*closure, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-    return sorted(getattr(thing, "__dict__", {}).items())
+        defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        return [*_closed_over(thing), *defaults]
+    slots = {slot for kind in type(thing).__mro__ for slot in _slots(kind) if hasattr(thing, slot)}
+    held = {**getattr(thing, "__dict__", {}), **{slot: getattr(thing, slot) for slot in slots}}
+    items = list(thing) if isinstance(thing, tuple) else []
+    return [*sorted(held.items()), *items]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    named = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(slot for slot in named if slot not in ("__dict__", "__weakref__"))
+
+
+def _closed_over(function: FunctionType) -> list[Any]:
+    cells = function.__closure__ or ()
+    return [cell.cell_contents for cell in cells if cell != CellType()]
 
 
 def _surroundings(thing: Any) -> list[Any]:
     """What users' code names of its module, and what that names in turn: [name, value] each."""
     found: list[Any] = []
-    reached, met = [thing], {id(thing)}
+    start = thing if isinstance(thing, type | FunctionType | MethodType) else type(thing)
+    reached, met = [start], {id(start)}
     objects: set[int] = set()
     for code in reached:  # grows
         for function in _functions(code):
-            around = function.__globals__
-            for name in sorted(_names(function.__code__) & around.keys()):
-                value = around[name]
+            named = list(_named(function.__globals__, _names(function.__code__), ()))
+            if isinstance(code, type):
+                named += [("", value) for value in _closed_over(function)]
+            for name, value in named:
                 if (told := _told(value, (), objects)) is not None:
                     found.append([name, told])
                 if isinstance(value, type | FunctionType) and id(value) not in met:
                     met.add(id(value))
                     reached.append(value)
     return found
+
+
+def _named(
+    around: Mapping[str, Any], names: set[str], inside: tuple[int, ...]
+) -> Iterator[tuple[str, Any]]:
+    """What names stand for in a namespace, and in the users' modules that they stand for."""
+    for name in sorted(names & around.keys()):
+        value = around[name]
+        if not isinstance(value, ModuleType):
+            yield name, value
+        elif not is_installed(value.__name__) and id(value) not in inside:
+            yield from _named(vars(value), names, (*inside, id(value)))
 
 
 def _functions(thing: Any) -> Iterator[FunctionType]:
@@ -158,10 +212,14 @@ def _functions(thing: Any) -> Iterator[FunctionType]:
     elif isinstance(thing, type):
         for kind in thing.__mro__:
             if not is_installed(kind.__module__):
-                for value in vars(kind).values():
-                    inner = getattr(value, "__func__", getattr(value, "fget", value))
-                    if isinstance(inner, FunctionType):
-                        yield inner
+                yield from _methods(kind)
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    for value in vars(kind).values():
+        inner = getattr(value, "__func__", getattr(value, "fget", value))
+        if isinstance(inner, FunctionType):
+            yield inner
 
 
 def _names(code: CodeType) -> set[str]:
@@ -184,6 +242,8 @@ def _told(value: Any, inside: tuple[int, ...], met: set[int]) -> Any:
     """
     if isinstance(value, bool | int | float | str | bytes | Tensor | np.ndarray):
         return _plain(value, inside)
+    if isinstance(value, np.generic | complex | range | torch.dtype | torch.device | Enum):
+        return [type(value).__qualname__, str(value)]
     if id(value) in inside:
         return None  # a cycle
     inside = (*inside, id(value))
@@ -223,7 +283,7 @@ def _plain(value: Any, inside: tuple[int, ...]) -> Any:
     inside = (*inside, id(value))
     if isinstance(value, Mapping):
         return sorted([str(key), _plain(item, inside)] for key, item in value.items())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not callable(value):
         return [_plain(item, inside) for item in value]
     if isinstance(value, set | frozenset):
         return sorted((_plain(item, inside) for item in value), key=repr)

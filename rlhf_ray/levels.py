@@ -1,5 +1,6 @@
 """Levels: a model's modules in ordered, disjoint groups, input side first."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,8 @@ def split_levels(model: nn.Module, levels: Mapping[str, Sequence[str]]) -> Level
     Raises:
         InputError: no levels, a level's name that cannot be one, a module that does not exist, a
             level without parameters that can be trained, a module or a parameter (tied weights) in
-            two levels, a parameter of a level tied to one that is in none.
+            two levels, a parameter of a level tied to one that is in none, complex parameters
+            that can be trained, extra state.
     """
     if not isinstance(levels, Mapping) or not levels:
         raise InputError(f"levels must map level names to module names, got levels={levels!r}.")
@@ -105,6 +107,11 @@ def _resolve(model: nn.Module, levels: Mapping[str, tuple[str, ...]]) -> LevelSp
         if not mine:
             raise InputError(f"every level must have parameters, got none in level {level!r}.")
         for name in mine:
+            if parameters[name].is_complex() and name not in frozen:
+                raise InputError(
+                    f"parameters to train must be real, got {name!r} of {parameters[name].dtype}. "
+                    "Hold it as real numbers, and use torch.view_as_complex in forward."
+                )
             first_level, first_name = holder.setdefault(id(parameters[name]), (level, name))
             if first_level != level:
                 raise InputError(f"weights must not be shared across levels, got {first_name!r} of "
@@ -126,6 +133,10 @@ def _resolve(model: nn.Module, levels: Mapping[str, tuple[str, ...]]) -> LevelSp
             )
     unassigned = tuple(name for name in parameters if name not in owned)
     keys = tuple(model.state_dict(keep_vars=True))
+    for key in keys:
+        if key.rpartition(".")[2] == "_extra_state":
+            raise InputError(f"a model's state must be parameters and buffers, got {key!r} "
+                             "(get_extra_state). Register a buffer instead.")  # fmt: skip
     state = tuple(
         tuple(key for key in keys if any(_contains(name, key) for name in names))
         for names in levels.values()
@@ -162,11 +173,25 @@ def model_digest(model: nn.Module, split: LevelSplit) -> str:
 
 
 def _attributes(module: nn.Module) -> str:
-    """Of a module's plain attributes; "" where it has none or its `repr` tells them."""
-    kind = type(module)
+    """Of what a module holds besides parameters and modules, as far as its `repr` leaves it out."""
+    kind, bare = type(module), vars(nn.Module())
+    found = {name: value for name, value in vars(module).items() if name not in bare}
     if kind.extra_repr is not nn.Module.extra_repr and is_installed(kind.__module__):
-        return ""
-    return attributes_digest(module, besides=("training",))
+        shown, arguments = module.extra_repr(), inspect.signature(kind).parameters
+        found = {
+            name: value
+            for name, value in found.items()
+            if name in arguments
+            and f"{name}=" not in shown
+            and not _is_default(value, arguments[name].default)
+        }
+    return attributes_digest(found, module)
+
+
+def _is_default(value: object, default: object) -> bool:
+    """Whether an argument was left out; one without a default is shown without its name."""
+    alike = [default, *((default,) * n for n in (1, 2, 3))]  # convolutions hold a pair of it
+    return default is inspect.Parameter.empty or repr(value) in map(repr, alike)
 
 
 def _frozen(model: nn.Module) -> set[str]:
@@ -176,5 +201,7 @@ def _frozen(model: nn.Module) -> set[str]:
     return {
         name
         for name, value in parameters.items()
-        if not (value.is_floating_point() and (value.requires_grad or whole))
+        if not (
+            (value.is_floating_point() or value.is_complex()) and (value.requires_grad or whole)
+        )
     }

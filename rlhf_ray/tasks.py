@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.digests import digest, source_digest, tensor_digest
 from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.isolation import apart, restored_buffers
 from rlhf_ray.levels import split_levels
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
@@ -300,7 +301,7 @@ def check_task(model: nn.Module, task: Task) -> None:
         InputError: the model cannot take x, loss or metric cannot take (outputs, y) or give no
             number, labels out of range.
     """
-    with _looking(model):
+    with looking(model):
         for split in SPLITS:
             _check_run(model, task, split)
 
@@ -314,17 +315,18 @@ def _check_source(model: nn.Module, source: object, task: Task) -> None:
             f"source must be inputs like a task's x ({_kind(x)}), got {_kind(source)}."
         )
     _check_tensors("source", input_tensors(source))  # type: ignore[arg-type]
-    with _looking(model), _refused("the model must take the source data"):
-        call_model(model, map_inputs(lambda value: value[:2], source))  # type: ignore[arg-type]
+    with looking(model), _refused("the model must take the source data"):
+        call_model(model, map_inputs(lambda value: value[:2].clone(), source))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
-def _looking(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags are put back."""
+def looking(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; the model, and random state, are left as they were."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
+    device = next((value.device for value in model.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad():
+        with apart(device), restored_buffers(model), torch.no_grad():
             yield
     finally:
         for module in was_training:
@@ -335,7 +337,7 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
     where = f"task {task.name!r}, {split}"
     x, y = task.split(split)
     with _refused(f"task {task.name!r}: model and loss must take its data", split):
-        outputs = call_model(model, map_inputs(lambda value: value[:2], x))
+        outputs = call_model(model, map_inputs(lambda value: value[:2].clone(), x))
         if not isinstance(outputs, Tensor):
             raise InputError(f"{where}: the model must return a tensor, got {_kind(outputs)}.")
         ignored = _ignored_label(task.loss)
@@ -349,7 +351,7 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
             )
         outputs = outputs.detach().requires_grad_(True)
         with torch.enable_grad():
-            loss = task.loss(outputs, y[:2])
+            loss = loss_on(outputs.device, task)(outputs, y[:2].clone())
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise InputError(f"{where}: the loss must be a scalar tensor, got {_kind(loss)}{shape}.")
@@ -365,7 +367,7 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
     assert isinstance(task.metric, Metric)
     with _refused(f"{where}: metric {task.metric.name!r} must take (outputs, y), give a number"):
         every = torch.arange(len(y)) % len(outputs)  # it may need more examples than two
-        float(task.metric.function(outputs.cpu()[every], y.cpu()))
+        float(task.metric.function(outputs.cpu()[every], y.cpu().clone()))
 
 
 _OF_ONE_SHAPE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)

@@ -1,13 +1,16 @@
 import argparse
+import gc
 import importlib.util
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -92,9 +95,57 @@ class Scaled:
         return x + self.factor
 
 
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    factor: float
+
+    def __call__(self, x: float) -> float:
+        return x * self.factor
+
+
+class Named(NamedTuple):
+    factor: float
+
+    def __call__(self, x: float) -> float:
+        return x * self.factor
+
+
+def closed(factor: float) -> type:
+    class Closed:
+        def __call__(self, x: float) -> float:
+            return x * factor
+
+    return Closed
+
+
+def dressed(factor: float) -> Callable[[float], float]:
+    def own(x: float) -> float:
+        return x
+
+    @wraps(own)
+    def inner(x: float) -> float:
+        return factor * own(x)
+
+    return inner
+
+
+def without_source(factor: float) -> Callable[[float], float]:
+    found: dict[str, Any] = {"__name__": "notebook"}
+    exec(f"def loss(x): return {factor} * x", found)
+    return found["loss"]
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        Slotted,
+        Named,
+        lambda f: partial(map, Named(f)),
+        closed,
+        lambda f: closed(f)(),
+        dressed,
+        without_source,
+        lambda f: Scaled(np.float32(f)),  # type: ignore[arg-type]
         lambda f: partial(F.cross_entropy, label_smoothing=f),
         lambda f: nn.CrossEntropyLoss(label_smoothing=f),
         lambda f: nn.CrossEntropyLoss(weight=torch.tensor([f, 1.0])),
@@ -160,6 +211,51 @@ def test_what_users_code_names_of_its_module_counts(
     assert digests(weight=50.0)[0] != loss and digests(weight=50.0)[1] == net
     other_loss, other_net = digests(factor=3.0)  # in a function that both call
     assert other_loss != loss and other_net != net
+
+
+def test_lambdas_that_share_a_line_differ() -> None:
+    one, other, again = lambda x: 1.0 * x, lambda x: 2.0 * x, lambda x: 1.0 * x
+    assert source_digest(one) == source_digest(again) != source_digest(other)
+
+
+def test_a_decorators_own_code_counts() -> None:
+    def plain(x: float) -> float:
+        return x
+
+    @wraps(plain)
+    def doubled(x: float) -> float:
+        return 2 * plain(x)
+
+    @wraps(plain)
+    def tripled(x: float) -> float:
+        return 3 * plain(x)
+
+    assert len({source_digest(each) for each in (plain, doubled, tripled)}) == 3
+
+
+def test_what_users_code_names_of_other_modules_of_theirs_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digests(**values: float) -> tuple[str, str]:
+        helper = users_module(tmp_path, monkeypatch, **values)
+        found: dict[str, Any] = {"__name__": "users_suite", "helper": helper}
+        exec("def loss(o, y): return helper.loss(o, y)", found)
+        exec("class Loss:\n  def __call__(self, o, y): return helper.loss(o, y)", found)
+        return source_digest(found["loss"]), source_digest(found["Loss"]())
+
+    before = digests()
+    assert digests() == before
+    for values in ({"weight": 50.0}, {"factor": 3.0}):
+        assert all(a != b for a, b in zip(digests(**values), before, strict=True))
+
+
+def test_a_functions_digest_does_not_keep_what_it_closes_over() -> None:
+    held = torch.ones(3)
+    alive = weakref.ref(held)
+    source_digest(weighed(held))  # type: ignore[arg-type]
+    del held
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_users_code_writes_does_not_count(

@@ -1,3 +1,6 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,6 +111,37 @@ def test_digest_follows_attributes_and_unsaved_buffers() -> None:
     found = [digest(net) for net in nets]
     assert len(set(found)) == len(found)
     assert digest(Pooled(1.0, 0.0)) == found[0] == digest(Pooled(1.0, 0.0).eval())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),  # what their text leaves out
+    [
+        (nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+        (nn.AvgPool2d(3), nn.AvgPool2d(3, divisor_override=2)),
+        (nn.Upsample(scale_factor=2, mode="bilinear"),
+         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
+        (nn.MaxPool2d(2), nn.MaxPool2d(2, return_indices=True)),
+    ],
+)  # fmt: skip
+def test_digest_follows_arguments_that_are_not_shown(one: nn.Module, other: nn.Module) -> None:
+    def digest(module: nn.Module) -> str:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 2, 3), module)
+        return model_digest(net, split_levels(net, {"a": ["0"]}))
+
+    assert repr(one) == repr(other)
+    assert digest(one) == digest(copy.deepcopy(one)) != digest(other)
+
+
+def test_digest_follows_private_attributes() -> None:
+    def digest(factor: object) -> str:
+        torch.manual_seed(0)
+        net = nn.Sequential(Pooled(1.0, 0.0))
+        net[0]._factor = factor
+        return model_digest(net, split_levels(net, {"a": ["0"]}))
+
+    factors = [1.0, 5.0, np.float32(5.0), torch.float32, range(3)]
+    assert len({digest(factor) for factor in factors}) == len(factors)
 
 
 class Node:

@@ -22,6 +22,7 @@ from rlhf_ray.engine.alignment import (
 )
 from rlhf_ray.engine.fitting import layer_inputs, output_layer, output_loss
 from rlhf_ray.engine.segments import SegmentPlan, no_fast_path
+from rlhf_ray.isolation import apart, restored_buffers
 from rlhf_ray.levels import LevelSplit
 from rlhf_ray.operations import FlopCounts, Pass
 from rlhf_ray.tasks import Task, call_model, loss_on, map_inputs, n_examples
@@ -169,10 +170,9 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode without kernels that hide their FLOPs; afterwards the model is as it was."""
     training = {module: module.training for module in model.modules()}
     needs_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    device = next(model.parameters()).device
     # statistics of batch norm move in train mode
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    devices = [d for d in {p.device for p in needs_grad} if d.type == "cuda"]
-    with torch.random.fork_rng(devices=devices), _visible_kernels():
+    with apart(device), restored_buffers(model), _visible_kernels():
         model.eval()
         try:
             yield
@@ -181,9 +181,6 @@ def _measuring(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             for parameter, flag in needs_grad.items():
                 parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for buffer, value in buffers.items():
-                    buffer.copy_(value)
 
 
 @contextlib.contextmanager

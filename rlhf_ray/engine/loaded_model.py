@@ -18,6 +18,7 @@ from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
 from rlhf_ray.engine.splits import SplitData, Splits
 from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.isolation import restored_buffers
 from rlhf_ray.levels import split_levels
 from rlhf_ray.outcomes import PRETRAINED, LevelState
 from rlhf_ray.tasks import Inputs, Loss, Suite, Task, call_model, loss_on, map_inputs, n_examples
@@ -118,7 +119,6 @@ class LoadedModel:
     """
 
     def __init__(self, suite: Suite, settings: EngineSettings) -> None:
-        settings.check_device()
         self.settings = settings
         self.device = settings.torch_device
         self.split = split_levels(suite.model, suite.levels)
@@ -141,8 +141,9 @@ class LoadedModel:
             max_bytes=settings.cache_bytes,
         )
         values = self.plan.start(example)
-        self._example_bytes = {_shapes(values): self._measure(values, n_examples(example))}
-        self.output_layer = output_layer(self.model, self.split, example)
+        with restored_buffers(self.model):
+            self._example_bytes = {_shapes(values): self._measure(values, n_examples(example))}
+            self.output_layer = output_layer(self.model, self.split, example)
 
     def _takes_channels_last(self, example: Inputs) -> bool:
         """Turns the model to channels-last, and back if its code cannot do with such strides.
@@ -154,8 +155,10 @@ class LoadedModel:
         self.model.to(memory_format=torch.channels_last)
         self._channels_last = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), restored_buffers(self.model):
                 call_model(self.model, self.place(example))
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # of the device, not of the model
         except RuntimeError:
             self.model.to(memory_format=torch.contiguous_format)
             return False
@@ -169,6 +172,10 @@ class LoadedModel:
             torch.cuda.empty_cache()
 
     # -- weights and data ----------------------------------------------------------------------
+
+    def forget_losses(self) -> None:
+        """Takes the tasks' losses anew: modules among them may hold what they met before."""
+        self._losses.clear()
 
     def loss(self, task: Task) -> Loss:
         """A task's loss; tensors that it holds lie on the device."""

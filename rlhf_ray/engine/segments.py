@@ -25,6 +25,7 @@ from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.engine.replay import Call, Replay
 from rlhf_ray.engine.tracing import Traced
 from rlhf_ray.errors import InputError
+from rlhf_ray.isolation import apart, restored_buffers
 from rlhf_ray.levels import LevelSplit
 from rlhf_ray.tasks import Inputs, input_tensors, map_inputs, n_examples
 
@@ -128,7 +129,7 @@ class SegmentPlan:
         Memory formats are kept, channels-last with one channel included.
         """
         return {
-            name: values[name] if dim is None else select(values[name], dim, index)
+            name: values[name].clone() if dim is None else select(values[name], dim, index)
             for name, dim in self._boundary(boundary).dims.items()
         }
 
@@ -166,7 +167,7 @@ def plan_segments(model: nn.Module, split: LevelSplit, example: Inputs) -> Segme
     output, twice the same, and every example's values do not depend on its neighbours.
 
     Args:
-        model: any module; weights, training flags, hooks and random state are left as they were.
+        model: any module; weights, buffers, training flags, hooks are left as they were.
         split: its levels.
         example: inputs of one or more examples, better 4 different ones; on the model's device.
 
@@ -190,6 +191,7 @@ def plan_segments(model: nn.Module, split: LevelSplit, example: Inputs) -> Segme
                 with plain._context():
                     mechanism = build()
             except Exception as error:  # whatever the model's code raises
+                _pass_on_a_full_device(error)
                 reasons[_reason(error)] = None
                 continue
             plan = _checked_plan(plain, mechanism, split, many)
@@ -199,6 +201,12 @@ def plan_segments(model: nn.Module, split: LevelSplit, example: Inputs) -> Segme
         if not any(best.usable[1:]) and split.n_levels > 1:
             best.reason = "; ".join(reasons)
         return best
+
+
+def _pass_on_a_full_device(error: Exception) -> None:
+    """A device that is full, or lost, says nothing about the model."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
+        raise error
 
 
 def _reason(error: Exception) -> str:
@@ -242,6 +250,7 @@ def _checked_plan(
                 raise UncacheableError(why)
             plan = _with_boundary(plan, mechanism, boundary, many)
         except Exception as error:  # whatever the model's code raises when cut here
+            _pass_on_a_full_device(error)
             reasons.setdefault(_reason(error), []).append(split.names[boundary])
     plan.reason = "; ".join(
         f"below {', '.join(names)} nothing can be cached: {why}" for why, names in reasons.items()
@@ -360,15 +369,14 @@ def no_fast_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and full precision inside; training flags, random state, TF32 are put back.
+    """Eval mode and full precision inside; what runs there changes, and TF32, is put back.
 
     A GPU may answer a batch in TF32 and a smaller one exactly: as far apart as a model that mixes
     the examples of a batch.
     """
     training = [module for module in model.modules() if module.training]
     cudnn, cublas = torch._C._get_cudnn_allow_tf32(), torch._C._get_cublas_allow_tf32()
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with apart(next(model.parameters()).device), restored_buffers(model):
         for module in training:
             module.training = False
         torch._C._set_cudnn_allow_tf32(False)

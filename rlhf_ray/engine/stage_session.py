@@ -20,6 +20,7 @@ from rlhf_ray.engine.training import (
     train_steps,
 )
 from rlhf_ray.errors import InputError
+from rlhf_ray.isolation import restored_buffers, seed_all
 from rlhf_ray.operations import NEEDS, Align, Fit, Operation, Train, span
 from rlhf_ray.outcomes import PRETRAINED, LevelState, Outcome
 from rlhf_ray.tasks import Task
@@ -175,12 +176,11 @@ class Session:
 
     def carry_out(self, operation: Operation) -> None:
         """Runs an operation with the stage's own seed for everything drawn by modules (dropout)."""
-        devices = [self._loaded.device] if self._loaded.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            # not torch.manual_seed: it notes a traceback for every kind of device that is not there
-            torch.default_generator.manual_seed(self._seed)
-            if devices:
-                torch.cuda.manual_seed(self._seed)
+        loaded = self._loaded
+        loaded.forget_losses()
+        seed_all(self._seed, loaded.device)
+        own = {name for level in self.levels for name in loaded.split.state[level]}
+        with restored_buffers(loaded.model, kept=own):
             operation.run(self)
         if self._lent:
             self._loaded.forget(self._key, above=0)

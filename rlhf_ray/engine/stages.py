@@ -4,18 +4,20 @@ A stage trains some levels from a given model state and evaluates the result on 
 are carried out, where their weights are kept and who waits for them is `stage_tree`'s business.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_ray.digests import derive_seed, tensor_digest
+from rlhf_ray.digests import derive_seed, source_digest, tensor_digest
 from rlhf_ray.engine.alignment import output_moments, weighted_modules
 from rlhf_ray.engine.costs import FlopModel, StageFlops, stage_flops, start_flops
 from rlhf_ray.engine.descriptors import (
@@ -29,6 +31,7 @@ from rlhf_ray.engine.prices import StagePrices, flop_table
 from rlhf_ray.engine.segments import SegmentPlan
 from rlhf_ray.engine.stage_session import Session
 from rlhf_ray.errors import InputError
+from rlhf_ray.isolation import apart, restored_buffers, seed_all
 from rlhf_ray.levels import model_digest, split_levels
 from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import (
@@ -38,7 +41,10 @@ from rlhf_ray.outcomes import (
     Outcome,
     StageRequest,
 )
-from rlhf_ray.tasks import Metric, Suite, Task, input_tensors, n_examples
+from rlhf_ray.tasks import Inputs, Metric, Suite, Task, input_tensors, n_examples
+
+P = ParamSpec("P")
+Returned = TypeVar("Returned")
 
 
 def suite_identity(suite: Suite, settings: EngineSettings) -> Identity:
@@ -52,6 +58,19 @@ def suite_identity(suite: Suite, settings: EngineSettings) -> Identity:
         val_size=settings.val_size,
         source="" if suite.source is None else tensor_digest(input_tensors(suite.source)),
     )
+
+
+def _set_apart(
+    method: Callable[Concatenate["Engine", P], Returned],
+) -> Callable[Concatenate["Engine", P], Returned]:
+    """Keeps the caller's modes out of a method, and their random state as it was."""
+
+    @functools.wraps(method)
+    def inside(self: "Engine", *args: P.args, **kwargs: P.kwargs) -> Returned:
+        with apart(self._loaded.device):
+            return method(self, *args, **kwargs)
+
+    return inside
 
 
 class Engine:
@@ -81,8 +100,11 @@ class Engine:
         self.n_levels = len(self.identity.levels)
         self._suite = suite
         here = self.settings if carries_out else self.settings.on_this_machine()
-        self._loaded = LoadedModel(suite, here)
-        self._flop_models: dict[tuple[object, ...], FlopModel] = {}
+        here.check_device()
+        with apart(here.torch_device):
+            self._loaded = LoadedModel(suite, here)
+        self._flop_models: dict[str, FlopModel] = {}
+        self._flop_models_alike: dict[tuple[object, ...], FlopModel] = {}
         self._source = source_moments
 
     @property
@@ -92,6 +114,7 @@ class Engine:
 
     # -- what is asked of an engine ------------------------------------------------------------
 
+    @_set_apart
     def start(self, request: StageRequest) -> Outcome:
         """The pretrained model on a task: figures on val, and the probes of the observation.
 
@@ -105,15 +128,17 @@ class Engine:
         pretrained = (PRETRAINED,) * self.n_levels
         self._loaded.load(pretrained, load=None)
         val = self._loaded.data(task, "val")
-        with level_moments(self._loaded.model, self._loaded.split) as moments:
-            outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
-        metric, loss, entropy = self._figures(task, outputs, val.targets)
+        with self._evaluating(self.identity.key(request)):
+            with level_moments(self._loaded.model, self._loaded.split) as moments:
+                outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
+            metric, loss, entropy = self._figures(task, outputs, val.targets)
         if not all(map(math.isfinite, (metric, loss, entropy))):
             raise InputError(
                 f"task {task.name!r}: the pretrained model's figures on val must be finite, got "
                 f"metric={metric}, loss={loss}, entropy={entropy}."
             )
-        gradient, probe_loss = self._gradient_probe(task)
+        with self._evaluating(self.identity.key(request)):
+            gradient, probe_loss = self._gradient_probe(task)
         return Outcome(
             key=self.identity.key(request),
             metric=metric,
@@ -130,6 +155,7 @@ class Engine:
             meta=self._meta,
         )
 
+    @_set_apart
     def run(
         self, request: StageRequest, parent: Outcome, load: Load
     ) -> tuple[Outcome, dict[int, LevelState]]:
@@ -170,7 +196,8 @@ class Engine:
         if session.changed and not diverged:
             self._loaded.mark(session.changed, key)
             val = self._loaded.data(task, "val")
-            found = self._figures(task, self._loaded.outputs(task, val, versions), val.targets)
+            with self._evaluating(key):
+                found = self._figures(task, self._loaded.outputs(task, val, versions), val.targets)
             diverged = not all(map(math.isfinite, found))
             figures = figures if diverged else found
         if diverged:
@@ -190,14 +217,16 @@ class Engine:
         )
         return outcome, {} if diverged else session.states()
 
+    @_set_apart
     def test(self, request: StageRequest, state: Outcome, load: Load) -> Outcome:
         """The test figures of a state: a report, not charged."""
         began = time.perf_counter()
         task = self._suite.task(request.task)
         self._loaded.load(state.versions, load)
         test = self._loaded.data(task, "test")
-        outputs = self._loaded.outputs(task, test, state.versions, keep=False)
-        metric, loss, entropy = self._figures(task, outputs, test.targets)
+        with self._evaluating(self.identity.key(request)):
+            outputs = self._loaded.outputs(task, test, state.versions, keep=False)
+            metric, loss, entropy = self._figures(task, outputs, test.targets)
         return Outcome(
             key=self.identity.key(request),
             kind="test",
@@ -217,15 +246,25 @@ class Engine:
         }
 
     def reference_flops(self) -> float:
-        """FLOPs of a full stage, the unit of cost."""
+        """FLOPs of a full stage, the unit of cost.
+
+        Raises:
+            InputError: there are none.
+        """
         flops = self._flop_model(self._suite.train_tasks[0])
-        return flops.full_stage(self.settings.reference_steps, self.settings.reference_batch_size)
+        found = flops.full_stage(self.settings.reference_steps, self.settings.reference_batch_size)
+        if not found:
+            raise InputError("a full stage must cost something, got a model without a matrix "
+                             "product or a convolution: no FLOPs to count.")  # fmt: skip
+        return found
 
     def prices(self, operations: Sequence[Operation]) -> StagePrices:
         """What stages will cost: those of some operations, and any of neighbouring levels."""
         n = self.n_levels
         level_sets = {tuple(range(*ends)) for ends in itertools.combinations(range(n + 1), 2)}
-        level_sets |= {o.levels(level, n) for o in operations for level in range(n)} - {()}
+        level_sets |= {
+            o.levels(level, n) for o in operations for level in range(n) if o.applies(level, n)
+        } - {()}
         aligned = {
             levels
             for o in operations
@@ -244,13 +283,15 @@ class Engine:
     # -- accounts and probes -------------------------------------------------------------------
 
     def _flop_model(self, task: Task) -> FlopModel:
-        tensors = input_tensors(task.train[0])
-        shape = tuple((name, tuple(value.shape[1:])) for name, value in tensors.items())
-        if shape not in self._flop_models:
-            self._flop_models[shape] = FlopModel(
-                self.plan, self._loaded.model, self._loaded.split, task
+        if task.digest not in self._flop_models:
+            x, y = task.train
+            tensors = [*input_tensors(x).items(), ("", y)]
+            shapes = tuple((name, value.dtype, value.shape[1:]) for name, value in tensors)
+            alike = (source_digest(task.loss), *shapes)
+            self._flop_models[task.digest] = self._flop_models_alike.setdefault(
+                alike, FlopModel(self.plan, self._loaded.model, self._loaded.split, task)
             )
-        return self._flop_models[shape]
+        return self._flop_models[task.digest]
 
     def _sizes(self, task: Task) -> tuple[int, int]:
         """Train examples, and val examples that decisions use."""
@@ -295,7 +336,7 @@ class Engine:
     def _figures(self, task: Task, outputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
         """Metric, loss and relative predictive entropy of a whole split."""
         assert isinstance(task.metric, Metric)
-        loss = float(self._loaded.loss(task)(outputs, targets))
+        loss = float(self._loaded.loss(task)(outputs, targets.clone()))  # which may write into it
         entropy = 0.0
         if outputs.dim() >= 2 and outputs.shape[1] > 1 and not targets.is_floating_point():
             log_p = F.log_softmax(outputs, dim=1)
@@ -304,23 +345,36 @@ class Engine:
             mean = float(-parts.sum(1).mean())
             entropy = mean / math.log(outputs.shape[1])
         # metrics may be written with NumPy
-        return float(task.metric.function(outputs.cpu(), targets.cpu())), loss, entropy
+        return float(task.metric.function(outputs.cpu(), targets.cpu().clone())), loss, entropy
+
+    @contextlib.contextmanager
+    def _evaluating(self, key: str) -> Iterator[None]:
+        """Random draws that follow from a key; afterwards the model is as it was before."""
+        self._loaded.forget_losses()
+        seed_all(derive_seed("evaluation", key), self._loaded.device)
+        with restored_buffers(self._loaded.model):
+            yield
 
     def source_moments(self) -> SourceMoments | None:
         """Activation moments of the pretrained model on the source data (on the CPU), if any."""
         if self._suite.source is not None and self._source is None:
-            loaded = self._loaded
-            loaded.load((PRETRAINED,) * self.n_levels, load=None)
-            values = self.plan.start(loaded.place(self._suite.source))
-            modules = weighted_modules(loaded.model, loaded.split, range(self.n_levels))
-            with (
-                level_moments(loaded.model, loaded.split) as levels,
-                output_moments(modules) as outputs,
-                torch.no_grad(),
-            ):
-                self.plan.output(values, 0)
-            self._source = SourceMoments(levels=levels(), outputs=outputs())
+            self._source = self._moments_on(self._suite.source)
         return self._source
+
+    @_set_apart
+    def _moments_on(self, inputs: Inputs) -> SourceMoments:
+        loaded = self._loaded
+        loaded.load((PRETRAINED,) * self.n_levels, load=None)
+        values = self.plan.start(loaded.place(inputs))
+        modules = weighted_modules(loaded.model, loaded.split, range(self.n_levels))
+        with (
+            self._evaluating("source"),
+            level_moments(loaded.model, loaded.split) as levels,
+            output_moments(modules) as outputs,
+            torch.no_grad(),
+        ):
+            self.plan.output(values, 0)
+        return SourceMoments(levels=levels(), outputs=outputs())
 
     def release(self) -> None:
         """Gives back what memory it can: for a device that others need, or that is full."""

@@ -1,17 +1,13 @@
 """Which operations a suite has what they need for (`operations.NEEDS`)."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import nn
+from collections.abc import Sequence
 
 from rlhf_ray.engine.alignment import readable, weighted_modules
 from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.operations import NEEDS, Operation
-from rlhf_ray.tasks import Suite, call_model, map_inputs
+from rlhf_ray.tasks import Suite, call_model, looking, map_inputs
 
 
 def what_there_is(suite: Suite) -> frozenset[str]:
@@ -22,12 +18,12 @@ def what_there_is(suite: Suite) -> frozenset[str]:
         found.add("source")
     device = next(suite.model.parameters()).device
     task = suite.train_tasks[0]
-    example = map_inputs(lambda value: value[:2].to(device), task.train[0])
-    with _evaluating(suite.model):
-        with torch.no_grad():
-            outputs = call_model(suite.model, example)
+    example = map_inputs(lambda value: value[:2].to(device, copy=True), task.train[0])
+    with looking(suite.model):
+        outputs = call_model(suite.model, example)
         if readable(outputs, task.train[1][:2].to(device)):
             found.add("readable targets")
+        example = map_inputs(lambda value: value[:2].to(device, copy=True), task.train[0])
         if output_layer(suite.model, split, example) is not None:
             found.add("output layer")
     return frozenset(found)
@@ -66,14 +62,3 @@ def supported(
         kinds = " and ".join(type(part).__name__.lower() for part in parts)
         left_out.append(f"{f'only its {kinds}' if parts else 'left out'}: {reason}")
     return tuple(kept), left_out
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -23,7 +23,8 @@ def batch_order(
 
     Args:
         n_train: size of the split.
-        steps: number of batches; None: the split once, the last batch possibly smaller.
+        steps: number of batches; None: the split once, the last batch possibly smaller; a single
+            example that is left over joins the batch before: batch statistics need two.
         batch_size: B.
         generator: CPU generator.
         device: where the indices shall lie; None: on the CPU.
@@ -36,7 +37,11 @@ def batch_order(
         torch.randperm(n_train, generator=generator) for _ in range(math.ceil(n_drawn / n_train))
     ]
     # all at once: a transfer per step would hold every step up
-    return iter(torch.cat(rounds)[:n_drawn].to(device).split(batch_size))
+    order = torch.cat(rounds)[:n_drawn].to(device)
+    if batch_size < n_drawn and n_drawn % batch_size == 1:
+        before_last = n_drawn // batch_size - 1
+        return iter(order.split([batch_size] * before_last + [batch_size + 1]))
+    return iter(order.split(batch_size))
 
 
 def make_optimizer(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
-from rlhf_ray.digests import digest
+from rlhf_ray.digests import digest, source_digest
 from rlhf_ray.engine.stages import Engine, suite_identity
 from rlhf_ray.engine.support import supported
 from rlhf_ray.env import EpisodePlan
@@ -303,6 +303,7 @@ def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation
         identity.source,
         roles,
         [operation_as_json(operation) for operation in operations],
+        [source_digest(type(operation)) for operation in operations],
     )
 
 

@@ -14,6 +14,7 @@ from rlhf_ray.errors import InputError
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tree.actor import TreeActor
+from rlhf_ray.tree.dispatch import first_line
 from rlhf_ray.tree.pool import HowMany, StagesHandle, dumps
 from rlhf_ray.tree.stage_worker import MakeEngine, StageWorker
 from rlhf_ray.tree.store import TreeStore
@@ -61,7 +62,8 @@ def start_workers(
         progress: told what is waited for, and how the number of workers changes.
 
     Raises:
-        InputError: settings out of range, a storage path that cannot be written, no room.
+        InputError: settings out of range, a storage path that cannot be written, no room, an
+            engine that cannot be pickled.
         StageError: no worker could make its engine.
     """
     fixed = num_workers if isinstance(num_workers, int) else 1
@@ -70,8 +72,7 @@ def start_workers(
                          f"num_workers={num_workers}, max_attempts={max_attempts}.")  # fmt: skip
     storage = open_storage(storage_path, check=True)
     location = str(storage.local_path() or storage_path)
-    # Pickled, so that actors that restart find the reference without Ray's warning.
-    engine = dumps(ray.put(make_engine))
+    engine = _sent(make_engine)
     mark = TreeStore(storage).mark() if share else ""
     # "DEFAULT": not in the placement group of whoever calls
     remote: Any = ray.remote  # its overloads miss some of these options
@@ -121,3 +122,17 @@ def start_workers(
     )
     handle.run(tree, identity, share=share)
     return handle
+
+
+def _sent(make_engine: MakeEngine) -> bytes:
+    """The reference to what makes engines, pickled.
+
+    So actors that restart find it without Ray's warning.
+    """
+    try:
+        return dumps(ray.put(make_engine))
+    except Exception as error:  # whatever a user's objects raise
+        raise InputError(
+            "model, data, losses and metrics must be picklable, to travel to workers, got "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error

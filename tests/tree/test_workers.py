@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -334,6 +335,12 @@ def test_worker_that_sees_another_folder_is_refused(tmp_path: Path) -> None:
     mark = here.mark()
     assert here.has_mark(mark) and not there.has_mark(mark) and here.mark() == mark
     assert not (tmp_path / "there").exists()  # who only looks writes nothing
+
+
+def test_what_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
+    lock = threading.Lock()
+    with pytest.raises(InputError, match="must be picklable, to travel to workers, got TypeError"):
+        start_workers(lambda: lock and FakeEngine(tmp_path), tmp_path / "runs", num_workers=1)
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
