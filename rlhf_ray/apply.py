@@ -97,6 +97,7 @@ def _finetune(
     from rlhf_ray.policies.finetuning import finetune
     from rlhf_ray.policies.policy import Policy
     from rlhf_ray.storage import open_storage
+    from rlhf_ray.tasks import n_examples
 
     EngineSettings(device=options.device)  # loading the suite may pretrain for minutes
     policy = Policy.load(options.policy)
@@ -114,24 +115,28 @@ def _finetune(
         search_stages=options.search_stages,
         device=options.device,
     )
-    _show(terminal, tuned, policy, _metric_name(task))
+    _show(terminal, tuned, policy, _metric_name(task), n_val=n_examples(task.val[0]))
     if output is not None:
         _save(tuned, output)
         terminal.show_lines(f"The tuned weights are in {output}")
     return _answer(options, suite, tuned, output)
 
 
-def _show(terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str) -> None:
+def _show(
+    terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str, *, n_val: int
+) -> None:
     from rlhf_ray.commands.tables import trace_table
 
     unit = "seconds" if policy.metadata["process"]["cost"] == "seconds" else "full stages"
+    used = min(n_val, policy.metadata["process"]["val_size"])
+    part = f" (on {used} of its {n_val} examples)" if used < n_val else ""
     own_cost = tuned.cost - tuned.search_cost
     figures = {"start_metric": tuned.start_metric, "cost": own_cost, "unit": unit}
     terminal.show("")
     terminal.show(trace_table(tuned.trace, metric=metric, **figures))
     terminal.show("")
     terminal.say(
-        f"val {metric} {tuned.start_metric:.3f} -> {tuned.val_metric:.3f}, "
+        f"val {metric} {tuned.start_metric:.3f} -> {tuned.val_metric:.3f}{part}, "
         f"test {metric} {tuned.start_test_metric:.3f} -> {tuned.test_metric:.3f}, "
         f"cost {tuned.cost:.2f} {unit}, {tuned.switches} switches"
         + (f"; searching off this way took {tuned.search_cost:.2f}" if tuned.search_cost else "")

@@ -120,7 +120,8 @@ class SearchConfig:
         replay_only: carry out nothing new; a stage that is not in the tree is an error.
         mlflow: tracking URI of an MLflow server, or a folder: trials are logged there too.
         wandb: project of Weights & Biases: trials are logged there too.
-        rllib: any setting of RLlib's algorithm by name.
+        rllib: settings of RLlib's algorithm by name, such as grad_clip=5.0; not those that this
+            package sets itself (gamma, lr, batch sizes, the buffer's).
     """
 
     gamma: tuple[float, ...] = (0.9, 0.99)

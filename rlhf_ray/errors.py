@@ -4,7 +4,10 @@ Every message has the form `<what must hold>, got <name=value>. <fix, or the nea
 """
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RlhfRayError(Exception):
@@ -54,6 +57,17 @@ def unknown_name(what: str, name: str, valid: Iterable[str]) -> InputError:
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     hint = f"Did you mean {near[0]!r}?" if near else f"Valid: {shown}."
     return InputError(f"{what} must be one that exists, got {what}={name!r}. {hint}")
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error of a user's code in one line: its kind, what it says, and where it was raised."""
+    line = (str(error).splitlines() or [""])[0]
+    installed = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    others = (str(Path(__file__).parent), *installed, "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if not frame.filename.startswith(others)]  # fmt: skip
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {line}{where}"
 
 
 def check_whole(name: str, value: object, *, at_least: int) -> None:

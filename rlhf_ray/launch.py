@@ -35,7 +35,8 @@ DESCRIPTION = (
     "Learns how to fine-tune: sweeps reinforcement-learning policies that decide which level of a "
     "pretrained model to tune, how, and when to stop. The same command resumes an unfinished sweep "
     "and shows a finished one. Swept flags take one or more values. Exit status: 0; 2 bad input; "
-    "3 some trials failed; 4 the time was up before the end; 1 all else; 130 interrupted."
+    "3 some trials failed; 4 the time was up before the end; 1 all else; 130 interrupted, 143 "
+    "terminated."
 )
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -427,7 +428,7 @@ def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not (key and equals):
             raise InputError(
-                f"--rllib must be KEY=VALUE pairs, got {pair!r}. Write lr=0.0005, for example."
+                f"--rllib must be KEY=VALUE pairs, got {pair!r}. Write grad_clip=5.0, for example."
             )
         try:
             found[key] = json.loads(value)

@@ -4,6 +4,8 @@ import functools
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,6 +65,7 @@ def running_ray(config: SearchConfig) -> Iterator[str | None]:
         yield _dashboard()
         return
     address = config.cluster
+    on_termination = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
         try:
@@ -83,6 +86,8 @@ def running_ray(config: SearchConfig) -> Iterator[str | None]:
                 include_dashboard=config.dashboard,
                 **quiet,
             )
+    if callable(on_termination) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own there, which aborts
     try:
         if not address:
             _check_gpus(config)

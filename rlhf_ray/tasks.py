@@ -7,6 +7,7 @@ stands in `levels`; how a suite is trained on stands in `stages`.
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_ray.digests import digest, source_digest, tensor_digest
-from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.errors import InputError, in_one_line, unknown_name
 from rlhf_ray.isolation import apart, restored_buffers
 from rlhf_ray.levels import split_levels
 
@@ -185,8 +186,9 @@ def _check_split(task: str, split: str, data: object) -> None:
     x, y = data
     if not isinstance(x, Tensor | tuple | dict) or not input_tensors(x):
         raise InputError(f"{where}: x must be a tensor, tuple or dict of tensors, got {_kind(x)}.")
-    _check_tensors(where, _named_tensors((x, y)))
-    for name, value in _named_tensors((x, y)).items():
+    tensors = {"x": x, "y": y} if isinstance(x, Tensor) else _named_tensors((x, y))
+    _check_tensors(where, tensors)
+    for name, value in tensors.items():
         if value.shape[0] != y.shape[0]:
             raise InputError(f"{where}: x and y must have as many examples, got {name} with "
                              f"{value.shape[0]} and y with {y.shape[0]}.")  # fmt: skip
@@ -367,7 +369,17 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
     assert isinstance(task.metric, Metric)
     with _refused(f"{where}: metric {task.metric.name!r} must take (outputs, y), give a number"):
         every = torch.arange(len(y)) % len(outputs)  # it may need more examples than two
-        float(task.metric.function(outputs.cpu()[every], y.cpu().clone()))
+        metric = float(task.metric.function(outputs.cpu()[every], y.cpu().clone()))
+    if split == "train":  # which is not judged
+        return
+    if not math.isfinite(metric):
+        raise InputError(
+            f"{where}: metric {task.metric.name!r} must give a finite number, got {metric}."
+        )
+    if not math.isfinite(loss):  # that of two examples that count for nothing may be
+        loss = loss_on(outputs.device, task)(outputs[every.to(outputs.device)], y.clone())
+    if not math.isfinite(loss):
+        raise InputError(f"{where}: the loss must be finite, got {float(loss)}.")
 
 
 _OF_ONE_SHAPE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
@@ -387,9 +399,8 @@ def _refused(requirement: str, where: str = "") -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         place = f" on {where}" if where else ""
-        raise InputError(f"{requirement}, got {type(error).__name__}{place}: {reason}") from error
+        raise InputError(f"{requirement}{place}, got {in_one_line(error)}") from error
 
 
 def _ignored_label(loss: Any) -> int | None:

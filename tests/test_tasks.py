@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -50,9 +51,9 @@ def suite(**changes: object) -> Suite:
         ({"val": ([1.0], Y)}, "x must be a tensor, tuple or dict of tensors, got a list"),
         ({"val": ({}, Y)}, "x must be a tensor, tuple or dict"),
         ({"val": ((X, 3), Y)}, "x/1 must be a tensor with a batch dimension, got a int"),
-        ({"test": (torch.tensor(1.0), Y)}, "x/x must be a tensor with a batch dimension"),
-        ({"test": (X[:0], Y[:0])}, "data must not be empty, got x/x of shape"),
-        ({"test": (X[:5], Y)}, "as many examples, got x/x with 5 and y with 8"),
+        ({"test": (torch.tensor(1.0), Y)}, "test: x must be a tensor with a batch dimension"),
+        ({"test": (X[:0], Y[:0])}, "data must not be empty, got x of shape"),
+        ({"test": (X[:5], Y)}, "as many examples, got x with 5 and y with 8"),
         ({"test": ({"a": X, "b": X[:2]}, Y)}, "got x/b with 2"),
         ({"train": (X.index_fill(0, torch.tensor([1]), torch.nan), Y)}, "finite, got NaN or inf"),
         ({"train": (X, Y.float().div(0))}, "finite, got NaN or infinity in y"),
@@ -121,6 +122,14 @@ def undirected(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) != targets).float().mean()
 
 
+def undefined(outputs: Tensor, targets: Tensor) -> float:
+    return math.nan
+
+
+def infinite(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets) / 0
+
+
 def rows(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) == targets).float()
 
@@ -148,7 +157,7 @@ def rows(outputs: Tensor, targets: Tensor) -> Tensor:
         ({"test_tasks": [task("c", train=(X, 0 * Y - 100))]}, "there must be labels, got -100"),
         ({"test_tasks": [task("c", val=(X, Y.int()))]}, "labels must be int64, got torch.int32"),
         ({"test_tasks": [task("c", train=(X[:, :3], Y))]}, "'c': model and loss must take its"),
-        ({"val_tasks": [task("c", test=(X[:, :3], Y))]}, "must take its data, got .* on test"),
+        ({"val_tasks": [task("c", test=(X[:, :3], Y))]}, "must take its data on test, got "),
         (
             {"val_tasks": [task("c", loss=nn.CrossEntropyLoss(reduction="none"))]},
             r"the loss must be a scalar tensor, got a Tensor of shape \(2,\)",
@@ -163,7 +172,15 @@ def rows(outputs: Tensor, targets: Tensor) -> Tensor:
         ({"source": X[:0]}, "source: data must not be empty"),
         ({"source": X / 0}, "source: values must be finite"),
         ({"source": X[:, :3]}, "the model must take the source data, got RuntimeError"),
-        ({"val_tasks": [task("c", metric=rows)]}, "metric 'rows' must take .*, give a number, got"),
+        (
+            {"val_tasks": [task("c", metric=rows)]},
+            r"metric 'rows' must take .*, give a number, got",
+        ),
+        (
+            {"val_tasks": [task("c", metric=undefined)]},
+            "metric 'undefined' must give a finite",
+        ),
+        ({"test_tasks": [task("c", loss=infinite)]}, "c', val: the loss must be finite, got inf"),
         (
             {"val_tasks": [task("c", loss=F.mse_loss, **{s: (X, X[:, :3]) for s in SPLITS})]},
             r"accuracy needs .* class labels .*, got \(3,\) and \(3,\) per example\. Give metric=",

@@ -31,14 +31,25 @@ ALGORITHMS: Mapping[str, str] = {
     "ppo": "rlhf_ray.algorithms.ppo",
     "q-learning": "rlhf_ray.algorithms.q_learning",
 }
-"""Name -> module with `build`, which takes `build_algorithm`'s arguments but the name. The
-algorithm it returns has a method `level_weights()` and the results that `episodes_of` reads."""
+"""Name -> module with `build`, which takes `build_algorithm`'s arguments but the name, and
+`check_overrides`, which takes those. The algorithm that is built has a method `level_weights()`
+and the results that `episodes_of` reads."""
 
 
 def check_algorithm(name: str) -> None:
     """Raises InputError, with the nearest valid name, unless `name` is an algorithm."""
     if name not in ALGORITHMS:
         raise unknown_name("algorithm", name, ALGORITHMS)
+
+
+def check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
+    """Raises InputError unless RLlib settings are ones that an algorithm can be given.
+
+    Imports RLlib where there are any.
+    """
+    check_algorithm(name)
+    if overrides:
+        import_module(ALGORITHMS[name]).check_overrides(overrides)
 
 
 def build_algorithm(

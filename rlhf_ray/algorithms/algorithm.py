@@ -18,7 +18,7 @@ import abc
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -285,20 +285,30 @@ def configure(
     config.reporting(min_sample_timesteps_per_iteration=0, min_time_s_per_iteration=0)
     # no seed: RLlib would seed the whole process, and every draw here has a generator of its own
     config.debugging(log_level="ERROR")
-    _override(config, settings, OURS | ours)
+    override(config, settings.overrides, ours)
 
 
-def _override(config: Any, settings: AlgorithmSettings, ours: set[str]) -> None:
-    known = {name for name in vars(config) if not name.startswith("_")}
-    for name in settings.overrides:
+def override(config: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
+    """Sets RLlib settings by name.
+
+    Args:
+        config: of an algorithm here.
+        overrides: name -> value.
+        ours: those that may not be given, besides `OURS`.
+
+    Raises:
+        InputError: a name that is not RLlib's, or ours.
+    """
+    known, ours = {name for name in vars(config) if not name.startswith("_")}, OURS | ours
+    for name in overrides:
         if name in ours:
             raise InputError(
-                f"overrides must not hold what this package sets itself, got {name!r}. "
+                f"RLlib settings must not hold what this package sets itself, got {name!r}. "
                 "See rlhf_ray.algorithms.AlgorithmSettings."
             )
         if name not in known:
             raise unknown_name("RLlib setting", name, known - ours)
-    config.update_from_dict(dict(settings.overrides))
+    config.update_from_dict(dict(overrides))
 
 
 def quiet_rllib() -> None:

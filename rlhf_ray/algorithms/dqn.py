@@ -7,7 +7,7 @@ keep what they made of the first few transitions (the primacy bias; Nikishin et 
 `td_error`, `q_value` (means over the iteration's updates) and `learning_rate`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings, network_settings
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, override
 from rlhf_ray.algorithms.handover import (
     IMPLIED,
     ReplayBuffer,
@@ -120,6 +120,11 @@ class HandoverDQN(HandoverAlgorithm):
     def level_weights(self) -> dict[str, torch.Tensor]:
         """The learner's networks as the state dict of `LevelQNetworks`."""
         return {k: v.detach().clone() for k, v in self._learner.networks.state_dict().items()}
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises InputError unless RLlib settings are ones that this algorithm can be given."""
+    override(HandoverDQNConfig(), overrides, OURS)
 
 
 def build(

@@ -12,7 +12,7 @@ settings that are read under RLlib's names: `lambda_`, `clip_param`, `vf_loss_co
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from rlhf_ray.algorithms.advantages import (
     policy_loss,
     trajectory,
 )
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, override
 from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.modules import levels_spec, spaces
 from rlhf_ray.digests import derive_seed
@@ -204,6 +204,11 @@ class HandoverPPO(HandoverAlgorithm):
     def level_weights(self) -> dict[str, torch.Tensor]:
         """The learner's actor as the state dict of `LevelQNetworks`."""
         return {k: v.detach().clone() for k, v in self._learner.networks.state_dict().items()}
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises InputError unless RLlib settings are ones that this algorithm can be given."""
+    override(HandoverPPOConfig(), overrides, OURS)
 
 
 def build(

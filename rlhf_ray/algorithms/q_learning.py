@@ -9,7 +9,7 @@ over the iteration's updates), `states` (rows of all tables) and `alpha`.
 The features must have finitely many values: every distinct vector is a state of its own.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, override
 from rlhf_ray.algorithms.handover import Backup, Transitions, Turn, following, turns
 from rlhf_ray.algorithms.modules import module_id, spaces
 from rlhf_ray.digests import derive_seed
@@ -201,6 +201,11 @@ class HandoverQLearning(HandoverAlgorithm):
     def level_weights(self) -> dict[str, torch.Tensor]:
         """The learner's tables, as `rlhf_ray.policies.q_table.as_weights` writes them."""
         return as_weights(self._learner.tables(self.config.levels))
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raises InputError unless RLlib settings are ones that this algorithm can be given."""
+    override(HandoverQConfig(), overrides, OURS)
 
 
 def build(

@@ -11,12 +11,14 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -27,7 +29,7 @@ from rlhf_ray.errors import InputError, RlhfRayError, check_whole, unknown_name
 if TYPE_CHECKING:
     from rlhf_ray.tasks import Suite
 
-OK, FAILED, BAD_INPUT, TRIALS_FAILED, TIME_IS_UP, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, FAILED, BAD_INPUT, TRIALS_FAILED, TIME_IS_UP, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
 """Exit statuses."""
 
 T = TypeVar("T")
@@ -210,7 +212,20 @@ def pick(schema: type[T], values: Mapping[str, Any]) -> T:
 
 
 def run(command: Callable[[], int], *, on_interrupt: str = "interrupted.") -> int:
-    """Runs a command and turns what it raises into one line on stderr and an exit status."""
+    """Runs a command and turns what it raises into one line on stderr and an exit status.
+
+    SIGTERM, which schedulers and `timeout` send before they kill, ends it as Ctrl-C does.
+    """
+    terminated = False
+
+    def terminate(number: int, frame: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before, in_charge = signal.getsignal(signal.SIGTERM), current_thread() is main_thread()
+    if in_charge:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         return command()
     except InputError as error:
@@ -218,10 +233,13 @@ def run(command: Callable[[], int], *, on_interrupt: str = "interrupted.") -> in
     except RlhfRayError as error:
         return _fail(f"error: {error}", FAILED)
     except KeyboardInterrupt:
-        return _fail(on_interrupt, INTERRUPTED)
+        return _fail(on_interrupt, TERMINATED if terminated else INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) has left: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    finally:
+        if in_charge:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fail(line: str, status: int) -> int:

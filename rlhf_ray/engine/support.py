@@ -1,6 +1,10 @@
 """Which operations a suite has what they need for (`operations.NEEDS`)."""
 
+import functools
+import itertools
 from collections.abc import Sequence
+
+from torch import nn
 
 from rlhf_ray.engine.alignment import readable, weighted_modules
 from rlhf_ray.engine.fitting import output_layer
@@ -27,6 +31,37 @@ def what_there_is(suite: Suite) -> frozenset[str]:
         if output_layer(suite.model, split, example) is not None:
             found.add("output layer")
     return frozenset(found)
+
+
+def against_the_flow(suite: Suite) -> str:
+    """A line about a level that runs after the next one; "" where they run in their order."""
+    model, split = suite.model, split_levels(suite.model, suite.levels)
+    called: list[int] = []
+
+    def note(module: nn.Module, inputs: object, level: int) -> None:
+        called.append(level)
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(note, level=level))
+        for name, module in model.named_modules()
+        if (level := split.level_of(name)) is not None
+    ]
+    device = next(model.parameters()).device
+    x = suite.train_tasks[0].train[0]
+    try:
+        with looking(model):
+            call_model(model, map_inputs(lambda value: value[:2].to(device, copy=True), x))
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = list(dict.fromkeys(called))
+    for early, late in itertools.pairwise(order):
+        if early > late:
+            return (
+                f"levels should be listed from the input on: {split.names[early]!r} runs before "
+                f"{split.names[late]!r}, so that less can be kept between stages"
+            )
+    return ""
 
 
 def supported(
@@ -56,9 +91,10 @@ def supported(
         if operation.name in asked:
             raise InputError(
                 f"operations must be possible on the suite, got {operation.name!r} for "
-                f"{suite.name!r}: {reason}."
+                f"{suite.name!r}: {reason}. Leave it out."
             )
         kept += parts
         kinds = " and ".join(type(part).__name__.lower() for part in parts)
-        left_out.append(f"{f'only its {kinds}' if parts else 'left out'}: {reason}")
+        instead = f"only the {kinds} of {operation.name}" if parts else f"without {operation.name}"
+        left_out.append(f"{instead}: {reason}")
     return tuple(kept), left_out

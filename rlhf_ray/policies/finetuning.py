@@ -34,7 +34,9 @@ class FineTuned:
     Attributes:
         model: a tuned copy of the model, in eval mode, on the CPU.
         start_metric: val metric of the model as it was.
-        val_metric: val metric of the returned model: the best on the path, the start included.
+        val_metric: val metric of the returned model: the best on the path, the start included. On
+            the val examples that decisions use: those of a larger split are drawn once per task,
+            as many as in the policy's search (`val_size`, 256 by default).
         test_metric: its test metric; never entered a decision.
         start_test_metric: test metric of the model as it was.
         cost: tuning cost in full stages: training, evaluations, probes, cache fills; of everything

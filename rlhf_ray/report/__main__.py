@@ -14,7 +14,7 @@ PROG = "python -m rlhf_ray.report DIR"
 DESCRIPTION = (
     "Writes the results page of a sweep (DIR, the folder that the launch command names) to "
     "DIR/report.html, or serves it on 127.0.0.1, where it follows a running sweep by itself. "
-    "Exit status: 0; 2 bad input."
+    "Exit status: 0; 2 bad input; 1 all else; 130 interrupted."
 )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import InputError, RlhfRayError, check_whole, unknown_name
+from rlhf_ray.errors import InputError, RlhfRayError, check_whole, in_one_line, unknown_name
 from rlhf_ray.suites.generate import SplitSizes, make_tasks
 from rlhf_ray.suites.images import SOURCES
 from rlhf_ray.suites.pretrain import pretrained_cnn
@@ -152,7 +152,7 @@ def _own_function(name: str) -> Callable[[], Any]:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise InputError(
@@ -172,10 +172,9 @@ def _call(name: str, function: Callable[[], Any]) -> Any:
         return function()
     except RlhfRayError:
         raise  # says by itself what is wrong with the user's suite
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _raised(f"the suite function {name!r} must return a suite", error) from error
 
 
-def _raised(what: str, error: Exception) -> InputError:
-    reason = (str(error).splitlines() or [""])[0]
-    return InputError(f"{what}, got {type(error).__name__}: {reason}")
+def _raised(what: str, error: BaseException) -> InputError:
+    return InputError(f"{what}, got {in_one_line(error)}")

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.algorithms import check_overrides
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.digests import digest, source_digest
 from rlhf_ray.engine.stages import Engine, suite_identity
-from rlhf_ray.engine.support import supported
+from rlhf_ray.engine.support import against_the_flow, supported
 from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.evaluation.baselines import baselines_for
@@ -270,6 +271,7 @@ def prepare(
     baselines_for(config.baselines, tuple(suite.levels))
     check_observation(config)
     check_extras(config)
+    check_overrides(config.algorithm, config.rllib)
     if operations:
         check_operations(operations, len(suite.levels))
     wanted = [operation.name for operation in operations or ()] or config.only_operations
@@ -424,8 +426,9 @@ def _run(
     _set_state(storage, ground.name, "running")
     progress.phase("starting Ray and the workers")
     engine = Engine(suite, config.engine_settings(), carries_out=False)
-    for line in ground.left_out:
-        progress.message(line)
+    for line in (*ground.left_out, against_the_flow(suite)):
+        if line:
+            progress.message(line)
     if engine.plan.reason:
         progress.message(f"not everything can be cached: {engine.plan.reason}")
     with running_ray(config) as dashboard, stage_workers(suite, config, progress) as handle:

@@ -155,7 +155,9 @@ def _done(context: TrialContext, trial: str) -> bool:
 def _was_lost(error: Exception | None) -> bool:
     """Whether a trial's error is the loss of a process, and not one of its own making."""
     cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
-    return isinstance(cause, RayActorError | LostProcessError)
+    if isinstance(cause, RayActorError):
+        return "error raised in its creation task" not in str(cause)
+    return isinstance(cause, LostProcessError)
 
 
 def _record_failure(context: TrialContext, trial: PlannedTrial, error: Exception) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from rlhf_ray.errors import FailedStageError, StageError, StorageError
+from rlhf_ray.errors import FailedStageError, StageError, StorageError, in_one_line
 from rlhf_ray.outcomes import Identity, LevelState, Outcome, StageRequest
 from rlhf_ray.tree.store import StateCache, TreeStore
 from rlhf_ray.tree.tally import Answer
@@ -258,10 +258,8 @@ class _Call:
             except StorageError:
                 raise
             except Exception as error:
-                reason = (str(error).splitlines() or [""])[0]
                 raise FailedStageError(
-                    f"a stage must run, got {describe(request)} failing with "
-                    f"{type(error).__name__}: {reason}"
+                    f"a stage must run, got {describe(request)} failing with {in_one_line(error)}"
                 ) from error
             self._recompute(request, missing)
 

@@ -13,10 +13,16 @@ from ray import cloudpickle
 from torch import Tensor
 
 from rlhf_ray.engine.allocation import keep_freed_memory
-from rlhf_ray.errors import FullDeviceError, InputError, RlhfRayError, StageError
+from rlhf_ray.errors import (
+    FullDeviceError,
+    InputError,
+    RlhfRayError,
+    StageError,
+    in_one_line,
+)
 from rlhf_ray.outcomes import Identity, StageRequest
 from rlhf_ray.storage import open_storage
-from rlhf_ray.tree.dispatch import Ledger, first_line
+from rlhf_ray.tree.dispatch import Ledger
 from rlhf_ray.tree.stage_tree import LocalStages, StageEngine
 from rlhf_ray.tree.store import TreeStore
 from rlhf_ray.tree.tally import Answer
@@ -152,4 +158,4 @@ def as_ours(what: str, error: Exception) -> RlhfRayError:
     """The error itself if it is this package's, else one of this package that names it."""
     if isinstance(error, RlhfRayError):
         return error
-    return StageError(f"{what}, got {type(error).__name__}: {first_line(error)}")
+    return StageError(f"{what}, got {in_one_line(error)}")

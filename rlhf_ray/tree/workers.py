@@ -10,11 +10,10 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, in_one_line
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.storage import open_storage
 from rlhf_ray.tree.actor import TreeActor
-from rlhf_ray.tree.dispatch import first_line
 from rlhf_ray.tree.pool import HowMany, StagesHandle, dumps
 from rlhf_ray.tree.stage_worker import MakeEngine, StageWorker
 from rlhf_ray.tree.store import TreeStore
@@ -134,5 +133,5 @@ def _sent(make_engine: MakeEngine) -> bytes:
     except Exception as error:  # whatever a user's objects raise
         raise InputError(
             "model, data, losses and metrics must be picklable, to travel to workers, got "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{in_one_line(error)}"
         ) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
-from rlhf_ray.engine.support import what_there_is
+from rlhf_ray.engine.support import against_the_flow, what_there_is
 from rlhf_ray.errors import FailedStageError, InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.operations import Operation, StageSession, Stop, Train
@@ -253,6 +253,15 @@ def test_a_full_device_is_not_taken_for_the_models_fault(monkeypatch: pytest.Mon
     monkeypatch.setattr(F, "linear", full)
     with pytest.raises(torch.OutOfMemoryError):
         Engine(suite, SETTINGS)
+
+
+def test_levels_against_the_flow_are_told_of() -> None:
+    suite = suite_of(nn.ReLU())
+    assert against_the_flow(suite) == ""
+    turned = Suite(name="s", model=suite.model, levels={"head": ["2"], "low": ["0"]},
+                   train_tasks=suite.train_tasks, val_tasks=[], test_tasks=[])  # fmt: skip
+    assert "from the input on: 'low' runs before 'head'" in against_the_flow(turned)
+    assert not suite.model[0]._forward_pre_hooks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,9 +105,9 @@ def test_operations_are_left_out_where_the_suite_has_not_what_they_need() -> Non
     object.__setattr__(suite, "source", None)
     kept, left_out = supported(suite, default_operations())
     assert [type(o) for o in kept if o.name == "refit"] == [Fit]
-    assert [line.split(" needs")[0] for line in left_out] == ["only its fit: refit"]
+    assert [line.split(" needs")[0] for line in left_out] == ["only the fit of refit: refit"]
     kept, left_out = supported(suite, [Align(name="align")])
-    assert not kept and left_out[0].startswith("left out: align needs source data")
+    assert not kept and left_out[0].startswith("without align: align needs source data")
     with pytest.raises(InputError, match="possible on the suite, got 'align' for 'zoo'"):
         supported(suite, [Align(name="align")], asked=("align",))
 

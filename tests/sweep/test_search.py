@@ -118,6 +118,15 @@ def test_plan_counts_what_has_to_be_carried_out(
     assert replayed.seconds_estimate == 0
 
 
+def test_what_rllib_cannot_be_told_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for given, match in (({"foo": 1}, "RLlib setting must be one that exists"),
+                         ({"lr": 1e-3}, "must not hold what this package sets itself, got 'lr'"),
+                         ({"grad_clop": 1.0}, "Did you mean 'grad_clip'")):  # fmt: skip
+        with pytest.raises(InputError, match=match):
+            sweep.plan(small_suite(), config(tmp_path, rllib=given))
+    sweep.plan(small_suite(), config(tmp_path, rllib={"grad_clip": 1.0}))
+
+
 def test_plan_knows_the_sweep_that_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,8 +648,9 @@ def test_suite_of_a_users_own_module_and_a_relative_storage_path(
     assert "Traceback" not in run.log.read_text()
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_ends_all_processes_and_leaves_what_is_done(
-    launch: Callable[..., Launched], tmp_path: Path
+    launch: Callable[..., Launched], tmp_path: Path, number: int, status: int
 ) -> None:
     storage = tmp_path / "runs"
     run = launch(command(str(storage), "sweep_files:small_suite", "--name", "mine"),
@@ -648,8 +658,8 @@ def test_interrupt_ends_all_processes_and_leaves_what_is_done(
     run.wait_until(lambda: any((storage / "tree").rglob("*.json")))
     with pytest.raises(InputError, match=f"held by process {run.process.pid}"):
         search(small_suite(), config(storage, name="mine"))
-    run.process.send_signal(signal.SIGINT)
-    assert run.ends() == 130
+    run.process.send_signal(number)
+    assert run.ends() == status
     said = run.log.read_text()
     assert "this goes on with it: python -m rlhf_ray.launch" in said and "Traceback" not in said
     assert SearchResult.load(storage / "mine").sweep["state"] == "interrupted"
