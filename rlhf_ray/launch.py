@@ -322,7 +322,7 @@ def _show_result(
     from rlhf_ray.report.page import PAGE_FILE
 
     about = result.sweep["metric"]
-    metric = str(about["name"])
+    metric, better = str(about["name"]), bool(about["higher_is_better"])
     unit = "seconds" if config.cost == "seconds" else "full stages"
     done = any(trial["status"] == "done" for trial in result.trials)
     best = result.best_trial if done else None
@@ -340,9 +340,9 @@ def _show_result(
         terminal.show(methods_table(result.methods(), metric=metric, unit=unit))
         if "policy_minus" in result.summary:
             terminal.show("")
-            terminal.show(differences_table(result.summary["policy_minus"]))
+            minus = result.summary["policy_minus"]
+            terminal.show(differences_table(minus, metric=metric, higher_is_better=better))
         terminal.show("")
-        better = bool(about["higher_is_better"])
         terminal.say(comparison(methods, metric=metric, higher_is_better=better))
     if "stages" in result.summary:
         terminal.message(stages_account(result.summary["stages"]))

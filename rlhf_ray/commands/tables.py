@@ -88,17 +88,24 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
     return _headed(shown)
 
 
-def differences_table(differences: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """How far the policy's utility is above each method's on the test tasks, in points."""
-    headers = ("method", "points", "from", "to", "worst")
+def differences_table(
+    differences: Mapping[str, Mapping[str, float | None]],
+    *,
+    metric: str,
+    higher_is_better: bool = True,
+) -> Table:
+    """How far the policy's utility is above each method's on the test tasks."""
+    points = in_points(metric, higher_is_better=higher_is_better)
+    headers = ("method", "points" if points else "mean", "from", "to", "worst")
     shown = _table("Utility: the policy minus each method", headers, left=1)
     for method, found in differences.items():
         cells = (found[name] for name in ("mean", "low", "high", "worst"))
         shown.add_row(
             shortened(method, 26),
-            *("-" if value is None else f"{100 * value:+.1f}" for value in cells),
+            *("-" if value is None else signed(value, points=points) for value in cells),
         )
-    shown.caption = "hundredths; 95% interval over tasks;\nworst: on a single task"
+    unit = "hundredths; " if points else ""
+    shown.caption = f"{unit}95% interval over tasks;\nworst: on a single task"
     return _headed(shown)
 
 
@@ -170,6 +177,24 @@ def comparison(
         f"at cost {own['cost_mean']:.2f}"
     )
     return f"{begin}: {', '.join(against)}." if against else f"{begin}."
+
+
+def in_points(metric: str, *, higher_is_better: bool) -> bool:
+    """Whether differences are told in points, which are hundredths: those of accuracies.
+
+    >>> [in_points(m, higher_is_better=h) for m, h in (("accuracy", True), ("rmse", False))]
+    [True, False]
+    """
+    return higher_is_better and metric.lower().endswith("accuracy")
+
+
+def signed(value: float, digits: int = 1, *, points: bool) -> str:
+    """A difference; as finely told where it is not in points.
+
+    >>> signed(0.0123, points=True), signed(-4.781, points=False)
+    ('+1.2', '-4.781')
+    """
+    return f"{100 * value:+.{digits}f}" if points else f"{value:+.{digits + 2}f}"
 
 
 def stages_account(stages: Mapping[str, float]) -> str:
@@ -251,7 +276,7 @@ def _difference(
     own: Mapping[str, float], other: Mapping[str, float], metric: str, higher_is_better: bool
 ) -> str:
     difference = own["metric_mean"] - other["metric_mean"]
-    points = metric == "accuracy"
+    points = in_points(metric, higher_is_better=higher_is_better)
     amount = f"{abs(difference) * 100:.1f} points" if points else f"{abs(difference):.3g}"
     if float(amount.split()[0]) == 0:
         return "level with"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.commands.tables import comparison, copyable
+from rlhf_ray.commands.tables import comparison, copyable, in_points
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import front
 from rlhf_ray.report import accounts
@@ -91,6 +91,7 @@ class Gatherer:
             "directory": self._storage.shown_path(self._name),
             "metric": metric,
             "higher_is_better": higher,
+            "in_points": in_points(metric, higher_is_better=higher),
             "unit": "seconds" if config.get("cost") == "seconds" else "full stages",
             "levels": sweep.get("levels", []),
             "tasks": {role: len(names) for role, names in sweep.get("tasks", {}).items()},

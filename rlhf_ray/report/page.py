@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rlhf_ray.commands.tables import signed
 from rlhf_ray.commands.terminal import duration, number
 from rlhf_ray.config import SWEPT
 
@@ -103,8 +104,9 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {}  # the order is that of the page
     environment.filters.update(
-        figure=_figure, number=number, duration=duration, percent=_percent, clock=_clock
-    )
+        figure=_figure, number=number, duration=duration, percent=_percent, clock=_clock,
+        signed=signed,
+    )  # fmt: skip
     return environment
 
 

@@ -150,7 +150,7 @@ def test_tables_fit_80_columns_with_hostile_names(tmp_path):
             terminal.show(tables.front_table(frame, metric=metric, unit="seconds"))
             terminal.show(tables.methods_table(methods, metric=metric, unit="seconds"))
             differences = {HOSTILE: {"mean": 0.1234, "low": None, "high": 9.9, "worst": -1.0}}
-            terminal.show(tables.differences_table(differences))
+            terminal.show(tables.differences_table(differences, metric=metric))
             start = {"start_metric": 0.1, "cost": 200.0, "unit": "full stages"}
             terminal.show(tables.trace_table(trace, metric=metric, **start))
         terminal.show(tables.sweeps_table(sweeps))
@@ -234,6 +234,20 @@ def test_comparison_names_points_and_cost_ratios():
 def test_comparison_says_it_plainly_whatever_the_numbers(other, metric, higher, expected):
     figures = as_methods({"policy": (0.9, 0.5), "full": other})
     assert expected in tables.comparison(figures, metric=metric, higher_is_better=higher)
+
+
+def test_differences_are_in_points_only_where_the_metric_is_an_accuracy():
+    found = {"full": {"mean": 4.781, "low": None, "high": 5.0, "worst": -0.25}}
+    for metric, higher in (("rmse", False), ("R2", True)):
+        shown = tables.differences_table(found, metric=metric, higher_is_better=higher)
+        lines = plain(lambda terminal, shown=shown: terminal.show(shown))
+        assert ["full", "+4.781", "-", "+5.000", "-0.250"] in [line.split() for line in lines]
+        assert not {"points", "hundredths;"} & set(" ".join(lines).split())
+    lines = plain(
+        lambda terminal: terminal.show(tables.differences_table(found, metric="accuracy"))
+    )
+    assert ["full", "+478.1", "-", "+500.0", "-25.0"] in [line.split() for line in lines]
+    assert {"points", "hundredths;"} <= set(" ".join(lines).split())
 
 
 def test_comparison_without_baselines():

@@ -150,6 +150,20 @@ def test_the_command_names_the_suite_as_launch_was_given_it(storage):
     assert words[-2:] == ["--storage-path", str(storage.local_path())]
 
 
+def test_the_page_states_the_utility_as_it_is_where_lower_is_better(storage):
+    write_made_up_sweep(storage)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    assert "utility = accuracy − 0.02 × cost" in page  # noqa: RUF001
+    assert "policy − it: points of utility" in page and ">+1.4 <" in page  # noqa: RUF001
+    sweep = storage.read_json("made-up/sweep.json")
+    sweep["metric"] = {"name": "rmse", "higher_is_better": False}
+    storage.write_json("made-up/sweep.json", sweep)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    assert "utility = −rmse − 0.02 × cost" in page  # noqa: RUF001
+    assert "policy − it: utility" in page and ">+0.014 <" in page  # noqa: RUF001
+    assert "points" not in page
+
+
 def test_a_page_that_cannot_be_written_is_told_once_and_harms_nothing(storage, monkeypatch):
     write_made_up_sweep(storage)
     told = Told()
