@@ -23,15 +23,15 @@ DIGITS = 12
 """Utilities that agree to so many decimals are tied: sums of floats differ by their order."""
 
 
-def summarise(runs: RunsByMethod) -> dict[str, dict[str, float]]:
+def summarise(runs: RunsByMethod) -> dict[str, dict[str, Any]]:
     """A row of figures per method.
 
     Args:
         runs: method -> its runs, with test figures.
 
     Returns:
-        Method -> `metric_mean`; `metric_sd`: over replica seeds of the mean over tasks (0 with one
-        seed); `cost_mean` (full stages), `switches_mean`, `utility_mean`, `rank_mean` (1: the
+        Method -> `metric_mean`; `metric_sd`: over replica seeds of the mean over tasks (None with
+        one seed); `cost_mean` (full stages), `switches_mean`, `utility_mean`, `rank_mean` (1: the
         highest utility among the methods shown).
     """
     ranked = ranks(runs)
@@ -179,8 +179,8 @@ def against(runs: RunsByMethod, method: str) -> dict[str, dict[str, float | None
     }
 
 
-def _spread(runs: Sequence[Run]) -> float:
-    """Standard deviation over replica seeds of the mean over tasks."""
+def _spread(runs: Sequence[Run]) -> float | None:
+    """Standard deviation over replica seeds of the mean over tasks; None with one seed."""
     seeds = sorted({run.replica for run in runs})
     means = [mean([known(run.test_metric) for run in runs if run.replica == s]) for s in seeds]
-    return float(np.std(means, ddof=1)) if len(means) > 1 else 0.0
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None

@@ -155,11 +155,14 @@ class SearchResult:
     def methods(self) -> pd.DataFrame:
         """A row per method on the test tasks: policy and baselines, best utility first.
 
-        Columns: `rlhf_ray.evaluation.statistics.summarise`. No rows where nothing was compared.
+        Columns: `rlhf_ray.evaluation.statistics.summarise`, NaN for None. No rows where nothing was
+        compared.
         """
-        methods: Mapping[str, Mapping[str, float]] = self.summary.get("methods", {})
+        methods: Mapping[str, Mapping[str, float | None]] = self.summary.get("methods", {})
         index = pd.Index(list(methods), name="method")
-        frame = pd.DataFrame(list(methods.values()), index=index, columns=list(FIGURES))
+        frame = pd.DataFrame(
+            list(methods.values()), index=index, columns=list(FIGURES), dtype=float
+        )
         return frame.sort_values("utility_mean", ascending=False)
 
     def plot_front(self) -> "go.Figure":

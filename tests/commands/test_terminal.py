@@ -209,6 +209,15 @@ def test_trials_table_shows_what_was_learned_from_others(tmp_path):
     assert [line.split()[-1] for line in lines if "abcdef" in line] == ["0", "112"]
 
 
+def test_one_replica_seed_has_no_spread(tmp_path):
+    write_sweep(tmp_path, judge_replicas=1)
+    methods = SearchResult.load(tmp_path / "small-1").methods()
+    assert methods["metric_sd"].isna().all() and methods["metric_sd"].dtype == float
+    shown = tables.methods_table(methods, metric="accuracy", unit="full stages")
+    lines = plain(lambda terminal: terminal.show(shown))
+    assert ["policy", "0.912", "-", "0.310"] in [line.split()[:4] for line in lines]
+
+
 def as_methods(figures):
     return {name: {"metric_mean": m, "cost_mean": c} for name, (m, c) in figures.items()}
 

@@ -150,6 +150,21 @@ def test_the_command_names_the_suite_as_launch_was_given_it(storage):
     assert words[-2:] == ["--storage-path", str(storage.local_path())]
 
 
+def test_one_replica_seed_or_task_has_no_spread_on_the_page(storage):
+    write_made_up_sweep(storage, n_trials=2)
+    summary = storage.read_json("made-up/summary.json")
+    for figures in summary["methods"].values():
+        figures["metric_sd"] = None
+    storage.write_json("made-up/summary.json", summary)
+    storage.write_json("made-up/schedule.json", {"words": "refit"})
+    file = f"made-up/trials/{Gatherer(storage, 'made-up').gather()['best']}/trial.json"
+    left = {"gain": 0.0125, "standard_error": 0.0, "n_tasks": 1, "paid": True}
+    storage.write_json(file, {**storage.read_json(file), "departures": left})
+    page = fragment(Gatherer(storage, "made-up").gather())
+    assert '<td class="n">0.918</td><td class="n">–</td>' in page  # noqa: RUF001
+    assert "points of utility there (one task, its own cost weights)" in page
+
+
 def test_the_page_states_the_utility_as_it_is_where_lower_is_better(storage):
     write_made_up_sweep(storage)
     page = fragment(Gatherer(storage, "made-up").gather())
