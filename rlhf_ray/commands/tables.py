@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +39,7 @@ SHORT = {
 """Headers of the swept settings."""
 
 
-def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Table:
+def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Group:
     """The trials, best utility first; `best` is marked with *, the front with f."""
     shares = "episodes_of_others" in table
     headers = ("", "trial", *SHORT.values(), metric, "cost", "switch", "utility")
@@ -63,7 +64,7 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Tab
     return _headed(shown)
 
 
-def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Table:
+def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Group:
     """The trials that no other beats in both metric and cost, cheapest first."""
     shown = _table(f"Front of {metric} against cost", ("cost", metric, "utility", "trial"), left=0)
     shown.columns[3].justify = "left"
@@ -74,7 +75,7 @@ def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Table:
     return _headed(shown)
 
 
-def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Table:
+def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Group:
     """The policy and the baselines on the test tasks, in the order given."""
     headers = ("method", metric, "+-", "cost", "switches", "utility", "rank")
     shown = _table("Methods on the test tasks", headers, left=1)
@@ -93,7 +94,7 @@ def differences_table(
     *,
     metric: str,
     higher_is_better: bool = True,
-) -> Table:
+) -> Group:
     """How far the policy's utility is above each method's on the test tasks."""
     points = in_points(metric, higher_is_better=higher_is_better)
     headers = ("method", "points" if points else "mean", "from", "to", "worst")
@@ -109,7 +110,7 @@ def differences_table(
     return _headed(shown)
 
 
-def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
+def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Group:
     """The sweeps under a storage path."""
     shown = _table("Sweeps", ("name", "suite", "state", "trials", "utility"), left=3)
     for sweep in sweeps:
@@ -125,7 +126,7 @@ def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Table:
 
 def trace_table(
     trace: Sequence[Mapping[str, Any]], *, metric: str, start_metric: float, cost: float, unit: str
-) -> Table:
+) -> Group:
     """The steps of one fine-tuning; the first row is what looking at the start cost.
 
     Args:
@@ -234,8 +235,6 @@ def _table(title: str, headers: Sequence[str], *, left: int) -> Table:
     """An empty table; the first `left` columns are names, the others figures."""
     table = Table(
         title=shortened(title, 60),
-        title_style="bold",
-        title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -248,8 +247,11 @@ def _table(title: str, headers: Sequence[str], *, left: int) -> Table:
     return table
 
 
-def _headed(table: Table) -> Table:
-    """The same table, its heads cut, to no less than 8 columns, where it would be too wide."""
+def _headed(table: Table) -> Group:
+    """The same table, its heads cut, to no less than 8 columns, where it would be too wide.
+
+    Its title stands above it whole: rich would cut it to the table's width.
+    """
     cells = [max(map(cell_len, map(str, column.cells)), default=0) for column in table.columns]
     heads = [cell_len(str(column.header)) for column in table.columns]
     least = [max(cell, min(head, 8)) for cell, head in zip(cells, heads, strict=True)]
@@ -258,7 +260,8 @@ def _headed(table: Table) -> Table:
         wider = min(max(0, head - narrow), free)
         free -= wider
         column.header = shortened(str(column.header), narrow + wider)
-    return table
+    title, table.title = Text(str(table.title), style="bold"), None
+    return Group(title, table)
 
 
 def _left_out(rows: int) -> str:

@@ -199,6 +199,15 @@ def test_heads_are_cut_only_where_the_table_would_not_fit(tmp_path):
     assert "000-abcdef" in " ".join(lines) and "utility" in " ".join(lines)
 
 
+def test_a_title_wider_than_its_table_is_not_cut():
+    shown = tables.differences_table(
+        {"head": {"mean": 0.01, "low": None, "high": None, "worst": 0.0}}, metric="accuracy"
+    )
+    lines = plain(lambda terminal: terminal.show(shown))
+    assert lines[0] == "Utility: the policy minus each method"
+    assert max(map(cell_len, lines[1:])) < len(lines[0])
+
+
 def test_trials_table_shows_what_was_learned_from_others(tmp_path):
     write_sweep(tmp_path, n_trials=2)
     table = SearchResult.load(tmp_path / "small-1").table()
