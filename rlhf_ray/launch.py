@@ -22,7 +22,7 @@ from rlhf_ray.commands import command_line
 from rlhf_ray.commands.command_line import OK, TIME_IS_UP, TRIALS_FAILED, Flag, SuiteOptions
 from rlhf_ray.commands.terminal import Terminal, counted, duration, number
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from rlhf_ray.sweep.results import SearchResult
@@ -242,8 +242,8 @@ def _search(
         suite, config, fresh=options.fresh, max_minutes=options.max_minutes, progress=terminal
     )
     terminal.end_phase()
-    _complete_page(result, suite_options, config, terminal)
-    _show_result(terminal, result, suite_options, config)
+    written = _complete_page(result, suite_options, config, terminal)
+    _show_result(terminal, result, suite_options, config, page_written=written)
     waiting = sum(trial["status"] == "waiting" for trial in result.trials)
     if waiting:
         terminal.say(f"The time is up: {waiting} of {len(result.trials)} trials are still to do.")
@@ -309,10 +309,16 @@ def _prospect(planned: "SearchPlan", config: SearchConfig, *, fresh: bool) -> st
 
 
 def _show_result(
-    terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
+    terminal: Terminal,
+    result: "SearchResult",
+    options: SuiteOptions,
+    config: SearchConfig,
+    *,
+    page_written: bool,
 ) -> None:
     from rlhf_ray.commands.tables import (
         comparison,
+        copyable,
         differences_table,
         front_table,
         methods_table,
@@ -348,8 +354,13 @@ def _show_result(
         terminal.message(stages_account(result.summary["stages"]))
     if not methods and len(result.failures) == len(result.trials):
         terminal.say("No trial ended well: there is no policy.")
-    page = result.path_of(PAGE_FILE)
-    terminal.show_lines("", "Results page, to open in a browser:", f"  {page}")
+    if page_written:
+        page = result.path_of(PAGE_FILE)
+        terminal.show_lines("", "Results page, to open in a browser:", f"  {page}")
+    else:
+        later = copyable(["python", "-m", "rlhf_ray.report", result.directory])
+        why = "The results page could not be written. This writes it, once that is possible:"
+        terminal.show_lines("", why, *(f"  {line}" for line in later))
     if methods:
         _show_next_steps(terminal, result, options, config)
 
@@ -382,15 +393,19 @@ def _show_next_steps(
 
 def _complete_page(
     result: "SearchResult", options: SuiteOptions, config: SearchConfig, terminal: Terminal
-) -> None:
-    """The page's command names the suite as this one was given it, which `search` cannot know."""
+) -> bool:
+    """The page's command names the suite as this one was given it, which `search` cannot know.
+
+    Returns whether the page could be written.
+    """
     from rlhf_ray.report.gathering import SUITE_FLAGS_FILE
     from rlhf_ray.report.live import LivePage
     from rlhf_ray.storage import open_storage
 
     storage = open_storage(config.storage_path)
-    storage.write_json(f"{result.name}/{SUITE_FLAGS_FILE}", {"flags": _suite_flags(options)})
-    LivePage(storage, result.name, terminal).write()
+    with contextlib.suppress(StorageError):  # the sweep is shown, also where the disk is full
+        storage.write_json(f"{result.name}/{SUITE_FLAGS_FILE}", {"flags": _suite_flags(options)})
+    return LivePage(storage, result.name, terminal).write()
 
 
 def _suite_flags(options: SuiteOptions) -> list[str]:

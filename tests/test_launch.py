@@ -14,8 +14,8 @@ from sweep_files import small_suite, write_sweep
 from rlhf_ray import launch
 from rlhf_ray.commands.command_line import TIME_IS_UP
 from rlhf_ray.config import SearchConfig
-from rlhf_ray.errors import InputError
-from rlhf_ray.storage import open_storage
+from rlhf_ray.errors import InputError, StorageError
+from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep.results import SearchResult
 
 
@@ -322,6 +322,24 @@ def test_the_page_is_told_how_the_suite_was_given(sweep):
     assert run_main(sweep, "--suite", "mnist", "--n-test-tasks", "3") == 0
     told = json.loads((sweep.storage / "small-1" / "suite_flags.json").read_text())
     assert told == {"flags": ["--suite", "mnist", "--n-test-tasks", "3"]}
+
+
+def test_a_page_that_could_not_be_written_is_not_announced(sweep, monkeypatch, capsys):
+    write = Storage.write_bytes
+
+    def full(storage, name, data):
+        if name.endswith(("report.html", "suite_flags.json")):
+            raise StorageError(f"{name!r} must be written, got: No space left on device.")
+        write(storage, name, data)
+
+    monkeypatch.setattr(Storage, "write_bytes", full)
+    assert run_main(sweep) == 0
+    out = capsys.readouterr().out
+    assert "the results page cannot be written: " in out
+    assert "Results page, to open in a browser" not in out
+    _, _, after = out.replace("\\\n", "").partition("could not be written. This writes it, once ")
+    command = shlex.split(after.splitlines()[1])
+    assert command == ["python", "-m", "rlhf_ray.report", f"{sweep.storage}/small-1"]
 
 
 def test_a_finished_sweep_is_said_to_be_shown_again(sweep, capsys):

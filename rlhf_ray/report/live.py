@@ -88,11 +88,11 @@ class LivePage:
         now = time.monotonic()
         self._next = now + max(PERIOD_S, (now - began) / SHARE)
 
-    def write(self) -> None:
-        """Writes the page now."""
-        self._guarded(None)
+    def write(self) -> bool:
+        """Writes the page now; returns whether that went well."""
+        return self._guarded(None)
 
-    def _guarded(self, record: dict[str, Any] | None) -> None:
+    def _guarded(self, record: dict[str, Any] | None) -> bool:
         try:
             if record is not None:
                 self._storage.write_json(f"{self._name}/{PROGRESS_FILE}", record)
@@ -101,3 +101,5 @@ class LivePage:
             if not self._failed:
                 self._progress.message(f"the results page cannot be written: {error}")
             self._failed = True
+            return False
+        return True
