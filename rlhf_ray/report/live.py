@@ -1,7 +1,7 @@
 """The page while a sweep runs: written again and again, beside the work and never in its way."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_ray.progress import Progress
@@ -38,6 +38,33 @@ def _write(storage: Storage, name: str, gatherer: Gatherer) -> str:
     return storage.shown_path(f"{name}/{PAGE_FILE}")
 
 
+def tell_last(storage: Storage, name: str, stats: Mapping[str, Any]) -> None:
+    """Puts the tree's last figures into what the driver has told of a sweep.
+
+    Args:
+        storage: holds the sweep.
+        name: of the sweep's folder.
+        stats: of the tree's actor (see `TreeActor.stats`).
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    told = storage.read_json(f"{name}/{PROGRESS_FILE}")
+    record = {**(told if isinstance(told, dict) else {}), **_figures(stats)}
+    storage.write_json(f"{name}/{PROGRESS_FILE}", record)
+
+
+def _figures(stats: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "time": time.time(),
+        "in_flight": stats.get("in_flight"),
+        "executed": stats.get("executed"),
+        "retried": stats.get("retried"),
+        "failed_stages": sorted(set(stats.get("failed", {}).values()))[:20],
+        "workers": stats.get("workers", []),
+    }
+
+
 class LivePage:
     """Writes the page at intervals, together with what the driver knows of running trials.
 
@@ -72,31 +99,36 @@ class LivePage:
         began = time.monotonic()
         if began < self._next:
             return
-        self._counts |= counts
-        record = {
-            **self._counts,
-            "time": time.time(),
-            "elapsed_s": began - self._began,
-            "trials": dict(running),
-            "in_flight": stats.get("in_flight"),
-            "executed": stats.get("executed"),
-            "retried": stats.get("retried"),
-            "failed_stages": sorted(set(stats.get("failed", {}).values()))[:20],
-            "workers": stats.get("workers", []),
-        }
-        self._guarded(record)
+        self._guarded(lambda: self._tell(stats, running, counts), self._write)
         now = time.monotonic()
         self._next = now + max(PERIOD_S, (now - began) / SHARE)
 
     def write(self) -> bool:
         """Writes the page now; returns whether that went well."""
-        return self._guarded(None)
+        return self._guarded(self._write)
 
-    def _guarded(self, record: dict[str, Any] | None) -> bool:
+    def end(self, stats: Mapping[str, Any], **counts: Any) -> None:
+        """Keeps the last figures, as `tick` takes them, now that no trial runs any more.
+
+        They are on the page when it is written next.
+        """
+        self._guarded(lambda: self._tell(stats, {}, counts))
+
+    def _tell(
+        self, stats: Mapping[str, Any], running: Mapping[str, Any], counts: Mapping[str, Any]
+    ) -> None:
+        self._counts |= counts
+        elapsed_s = time.monotonic() - self._began
+        record = {**self._counts, "elapsed_s": elapsed_s, "trials": dict(running)}
+        self._storage.write_json(f"{self._name}/{PROGRESS_FILE}", {**record, **_figures(stats)})
+
+    def _write(self) -> None:
+        _write(self._storage, self._name, self._gatherer)
+
+    def _guarded(self, *actions: Callable[[], object]) -> bool:
         try:
-            if record is not None:
-                self._storage.write_json(f"{self._name}/{PROGRESS_FILE}", record)
-            _write(self._storage, self._name, self._gatherer)
+            for action in actions:
+                action()
         except Exception as error:  # hours of work must not hang on a page about them
             if not self._failed:
                 self._progress.message(f"the results page cannot be written: {error}")

@@ -28,7 +28,7 @@ from rlhf_ray.process import check_operations
 from rlhf_ray.progress import NO_PROGRESS, Progress
 from rlhf_ray.provenance import git_revision, library_versions
 from rlhf_ray.ray_session import n_cores, running_ray, stage_workers
-from rlhf_ray.report.live import LivePage
+from rlhf_ray.report.live import LivePage, tell_last
 from rlhf_ray.storage import Storage, open_storage
 from rlhf_ray.sweep.driver_lock import LOCK_FILE, driver_lock
 from rlhf_ray.sweep.plan import PlannedTrial, plan_trials
@@ -462,4 +462,6 @@ def _run(
             summary = sum_up(context, suite, result, stages, progress=progress)
             summary["wall_s"] = time.monotonic() - began
             storage.write_json(f"{ground.name}/{SUMMARY_FILE}", summary)
+            with suppress(Exception):  # the tree's actor may be away: what was told last stands
+                tell_last(storage, ground.name, handle.stats())
         _set_state(storage, ground.name, "failed" if result.failures else "finished")

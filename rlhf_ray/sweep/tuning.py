@@ -193,6 +193,7 @@ class _Watcher(tune.Callback):
         self._failures: dict[str, int] = {}
         self._episodes: dict[str, int] = {}
         self._logical: dict[str, int] = {}
+        self._stats: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks with the experiment; this one is never read back
@@ -233,25 +234,29 @@ class _Watcher(tune.Callback):
 
     def _watch(self, ended: threading.Event) -> None:
         while not ended.wait(POLL_S):
-            try:
-                stats = self._handle.stats()
-            except Exception:  # the tree's actor restarts: show what trials said meanwhile
-                stats = {}
-            logical = self._asked + sum(list(self._logical.values()))
-            done = self._before + sum(list(self._episodes.values()))
-            self._metrics.show(stats)
-            self._page.tick(
-                stats,
-                {name: {"curve": list(curve)} for name, curve in list(self._curves.items())},
-                done=done,
-                restarts=dict(self._restarts),
-            )
-            self._progress.update(
-                done=done,
-                logical=logical,
-                executed=stats.get("executed", 0),
-                in_flight=stats.get("in_flight", 0),
-            )
+            self._show()
+        self._show(last=True)
+
+    def _show(self, *, last: bool = False) -> None:
+        try:
+            stats = self._stats = self._handle.stats()
+        except Exception:  # the tree's actor restarts: show what trials said meanwhile
+            stats = self._stats if last else {}
+        logical = self._asked + sum(list(self._logical.values()))
+        done = self._before + sum(list(self._episodes.values()))
+        self._metrics.show(stats)
+        counts = {"done": done, "restarts": dict(self._restarts)}
+        if last:
+            self._page.end(stats, **counts)
+        else:
+            curves = {name: {"curve": list(c)} for name, c in list(self._curves.items())}
+            self._page.tick(stats, curves, **counts)
+        self._progress.update(
+            done=done,
+            logical=logical,
+            executed=stats.get("executed", 0),
+            in_flight=stats.get("in_flight", 0),
+        )
 
 
 def _last_error(trial: Any) -> Exception | None:

@@ -16,7 +16,7 @@ from rlhf_ray.report import __main__ as command
 from rlhf_ray.report.accounts import effects
 from rlhf_ray.report.explain import explain
 from rlhf_ray.report.gathering import Gatherer
-from rlhf_ray.report.live import LivePage, write_report
+from rlhf_ray.report.live import LivePage, tell_last, write_report
 from rlhf_ray.report.page import fragment, version, whole
 from rlhf_ray.report.serving import server_of
 from rlhf_ray.report.trials import CURVE_POINTS, smoothed, thinned
@@ -148,6 +148,27 @@ def test_the_command_names_the_suite_as_launch_was_given_it(storage):
     words = shlex.split(gatherer.gather()["commands"]["apply"].replace("\\\n", " "))
     assert words[5:9] == flags
     assert words[-2:] == ["--storage-path", str(storage.local_path())]
+
+
+def test_the_last_figures_stand_when_all_trials_have_ended(storage):
+    write_made_up_sweep(storage, n_trials=4, n_failed=1)
+    failed = Gatherer(storage, "made-up").gather()["trials"][0]["name"]
+    page = LivePage(storage, "made-up", Told(), total=384)
+    worker = {"pid": 71, "state": "busy", "stage": "a stage", "executed": 3, "seconds_spent": 2.0,
+              "lost": 0}  # fmt: skip
+    page.tick({"workers": [worker], "executed": 3}, {failed: {"curve": [[32, 0.1]]}}, done=128)
+    html = fragment(Gatherer(storage, "made-up").gather())
+    assert '<td class="n">3</td>' in html and "last seen at" in html
+    idle = worker | {"state": "idle", "stage": "", "executed": 5}
+    page.end({"workers": [idle], "executed": 5}, done=384, restarts={failed: 2})
+    told = storage.read_json("made-up/progress.json")
+    assert (told["done"], told["total"], told["executed"], told["trials"]) == (384, 384, 5, {})
+    data = Gatherer(storage, "made-up").gather()
+    assert data["health"]["failed"] == 1 and data["health"]["running"] == 0
+    assert "last seen at" not in fragment(data)  # no worker is at a stage
+    tell_last(storage, "made-up", {"workers": [idle | {"executed": 8}], "executed": 8})
+    assert storage.read_json("made-up/progress.json")["done"] == 384
+    assert '<td class="n">8</td>' in fragment(Gatherer(storage, "made-up").gather())
 
 
 def test_one_replica_seed_or_task_has_no_spread_on_the_page(storage):

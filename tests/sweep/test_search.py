@@ -165,6 +165,15 @@ def test_result_holds_trials_policies_and_comparison(finished: Finished) -> None
     assert set(methods.index) == {"policy", "fixed", "full", "full_best", "head", "random"}
 
 
+def test_what_was_told_last_are_the_final_counts(finished: Finished) -> None:
+    told = json.loads((finished.storage / finished.result.name / "progress.json").read_text())
+    assert (told["done"], told["total"], told["trials"]) == (12, 12, {})
+    summary = finished.result.summary
+    executed = summary["stages"]["executed"] + summary["stages_of_comparison"]["executed"]
+    assert told["executed"] == sum(worker["executed"] for worker in told["workers"]) == executed
+    assert told["in_flight"] == told["retried"] == 0
+
+
 def test_summary_keeps_its_contract(finished: Finished) -> None:
     folder = finished.storage / finished.result.name
     summary = json.loads((folder / "summary.json").read_text())
