@@ -105,13 +105,24 @@ def _environment() -> Environment:
     environment.policies["json.dumps_kwargs"] = {}  # the order is that of the page
     environment.filters.update(
         figure=_figure, number=number, duration=duration, percent=_percent, clock=_clock,
-        signed=signed,
+        signed=signed, setting=_setting,
     )  # fmt: skip
     return environment
 
 
 def _figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def _setting(value: Any) -> str:
+    """A value of the configuration, much as its flag takes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return _setting([f"{key}={json.dumps(v)}" for key, v in value.items()])
+    if isinstance(value, list):
+        return " ".join(map(_setting, value)) or "–"  # noqa: RUF001
+    return "–" if value is None else str(value)  # noqa: RUF001
 
 
 def _percent(value: float) -> str:

@@ -150,6 +150,20 @@ def test_the_command_names_the_suite_as_launch_was_given_it(storage):
     assert words[-2:] == ["--storage-path", str(storage.local_path())]
 
 
+def test_the_page_shows_the_configuration_as_flags_and_values(storage):
+    write_made_up_sweep(storage)
+    sweep = storage.read_json("made-up/sweep.json")
+    sweep["config"] |= {"rllib": {"lr": 0.5, "<b>": [1, None]}, "gamma": [0.9, 0.99]}
+    storage.write_json("made-up/sweep.json", sweep)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    for flag, value in (
+        ("gamma", "0.9 0.99"), ("num-samples", "–"), ("share", "yes"), ("dashboard", "no"),  # noqa: RUF001
+        ("baselines", "–"), ("rllib", "lr=0.5 &lt;b&gt;=[1, null]"),  # noqa: RUF001
+    ):  # fmt: skip
+        assert f'>--{flag}</th><td class="way">{value}</td>' in page
+    assert '>torch</th><td class="way">2.15.0</td>' in page
+
+
 def test_the_last_figures_stand_when_all_trials_have_ended(storage):
     write_made_up_sweep(storage, n_trials=4, n_failed=1)
     failed = Gatherer(storage, "made-up").gather()["trials"][0]["name"]
