@@ -89,7 +89,8 @@ class SearchConfig:
         optimizer: "adam" or "sgd".
         learning_rates: low, middle, high, ascending, > 0; None: the optimizer's own.
         keep_optimizer_state: a level's optimizer goes on where its last stage left it.
-        utility_cost: a of the utility `metric - a * cost - b * switches`, per full stage, >= 0.
+        utility_cost: a of the utility `metric - a * cost - b * switches`, per full stage, >= 0;
+            minus the metric where lower is better.
         utility_switch: b of the utility, per level of distance, >= 0.
         baselines: schedules to compare with on the test tasks besides those always shown:
             names, or "all" (all but those that search on the test task: asha, tpe, optimum).
@@ -271,13 +272,17 @@ class SearchConfig:
         """Identity of what is computed; where it runs and what it is called do not count."""
         from rlhf_ray.digests import digest
 
+        return digest(self.that_count())
+
+    def that_count(self) -> dict[str, Any]:
+        """The fields that what is computed depends on, JSON-able."""
         elsewhere = {
             "storage_path", "name", "address", "num_workers", "cpus_per_worker",
             "gpus_per_worker", "concurrent_trials", "cache_gb", "weights_gb", "baselines",
             "search_stages",
             "device", "replay_only", "dashboard", "mlflow", "wandb",
         }  # fmt: skip
-        return digest({k: v for k, v in self.as_json().items() if k not in elsewhere})
+        return {k: v for k, v in self.as_json().items() if k not in elsewhere}
 
 
 def as_groups_of(observation: tuple[str, ...]) -> tuple[str, ...]:

@@ -470,6 +470,12 @@ def default_operations(
     )
 
 
+KINDS: Mapping[str, type[Operation]] = {
+    kind.__name__: kind for kind in (Train, Align, Fit, Refit, Skip, Stop)
+}
+"""The kinds of operations of this module, by the names that `operation_as_json` gives them."""
+
+
 def operation_as_json(operation: Operation) -> dict[str, Any]:
     """An operation as plain data, for policies on disk."""
     return {"kind": type(operation).__name__, **asdict(operation)}
@@ -481,16 +487,13 @@ def operations_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[Operation, 
     Raises:
         InputError: an operation of the user's own, which only the user's code can make.
     """
-    kinds: dict[str, type[Operation]] = {
-        kind.__name__: kind for kind in (Train, Align, Fit, Refit, Skip, Stop)
-    }
     for entry in data:
-        if entry["kind"] not in kinds:
+        if entry["kind"] not in KINDS:
             raise InputError(
                 f"the operation {entry['name']!r} must be one of this package's, got kind="
                 f"{entry['kind']!r}. Pass the operations it was learned with as operations=."
             )
     return tuple(
-        kinds[entry["kind"]](**{key: v for key, v in entry.items() if key != "kind"})
+        KINDS[entry["kind"]](**{key: v for key, v in entry.items() if key != "kind"})
         for entry in data
     )

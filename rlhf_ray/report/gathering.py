@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_ray.commands.tables import comparison, copyable, in_points
 from rlhf_ray.errors import InputError
 from rlhf_ray.evaluation.judging import front
+from rlhf_ray.operations import KINDS
 from rlhf_ray.report import accounts
 from rlhf_ray.report.explain import Explanation, explain
 from rlhf_ray.report.trials import digest_of, unfinished
@@ -180,6 +181,8 @@ class Gatherer:
         flags = self._read(SUITE_FLAGS_FILE).get("flags") or ["--suite", unknown]
         tasks = sweep.get("tasks", {}).get("test", [])
         policy = self._storage.shown_path(f"{self._name}/{BEST_POLICY}")
+        own = {o["kind"] for o in sweep["operations"]} - KINDS.keys()
+        operations = ["operations=operations"] if own else []
         apply = [
             "python", "-m", "rlhf_ray.apply", "--policy", policy, *flags,
             "--task", str(tasks[0]) if tasks else "TASK", "--output", "tuned.safetensors",
@@ -188,12 +191,16 @@ class Gatherer:
         python = (
             "import rlhf_ray as rr\n\n"
             f"policy = rr.Policy.load({policy!r})\n"
-            "tuned = rr.finetune(model, levels, task, policy)  # your model, levels and task"
+            f"tuned = rr.finetune({', '.join(['model, levels, task, policy', *operations])})"
+            "  # your own"
         )
         board = ["tensorboard", "--logdir", without_options(directory)]
         serve = ["python", "-m", "rlhf_ray.report", directory, "--serve"]
         commands = {"tensorboard": _shell(board), "serve": _shell(serve)}
-        return {"apply": _shell(apply), "python": python, **commands} if compared else commands
+        if not compared:
+            return commands
+        # operations of one's own can be had from one's own code alone
+        return commands | {"python": python} | ({} if own else {"apply": _shell(apply)})
 
 
 def _shell(words: Sequence[str]) -> str:

@@ -363,9 +363,14 @@ def _record_sweep(storage: Storage, ground: Ground) -> None:
 
 def _check_same_sweep(earlier: Mapping[str, Any], ground: Ground) -> None:
     if earlier["identity"] != ground.identity:
+        before = earlier["config"]
+        others = [f"{name}={before.get(name)!r} (now {value!r})"
+                  for name, value in ground.config.that_count().items()
+                  if before.get(name) != value]  # fmt: skip
+        held = f"one of {', '.join(others)}" if others else "another suite, model, data or code"
         raise InputError(
             "a sweep's folder must belong to one suite and configuration, got "
-            f"name={ground.name!r}, which holds another. Give another --name, or --fresh."
+            f"name={ground.name!r}, which holds {held}. Give another --name, or --fresh."
         )
 
 

@@ -57,6 +57,19 @@ def test_gather_counts_states_and_marks_the_front(storage):
     assert "apply" not in data["commands"]
 
 
+def test_a_policy_with_operations_of_ones_own_is_used_from_python(storage):
+    write_made_up_sweep(storage)
+    commands = Gatherer(storage, "made-up").gather()["commands"]
+    assert "rlhf_ray.apply" in commands["apply"] and "policy)  # your own" in commands["python"]
+    record = storage.read_json("made-up/sweep.json")
+    record["operations"][0]["kind"] = "Shrink"
+    storage.write_json("made-up/sweep.json", record)
+    data = Gatherer(storage, "made-up").gather()
+    assert "apply" not in data["commands"]
+    assert "policy, operations=operations)" in data["commands"]["python"]
+    assert "rlhf_ray.apply" not in whole(data) and "operations=operations" in whole(data)
+
+
 def test_gather_of_a_sweep_without_any_trial_done(storage):
     write_made_up_sweep(storage, n_trials=2, n_done=0, state="running")
     data = Gatherer(storage, "made-up").gather()

@@ -265,9 +265,9 @@ def test_other_configuration_under_the_same_name_is_refused(
 ) -> None:
     monkeypatch.setattr(sweep, "_run", must_not_run)
     name = finished.result.name
-    with pytest.raises(InputError, match=r"which holds another\. Give another --name, or --fresh"):
+    with pytest.raises(InputError, match=r"one of episodes=\d+ \(now 7\)\. Give another"):
         search(small_suite(), replace(finished.config, name=name, episodes=7))
-    with pytest.raises(InputError, match="which holds another"):
+    with pytest.raises(InputError, match="which holds another suite"):
         search(small_suite(task="other"), replace(finished.config, name=name))
     assert SearchResult.load(finished.storage / name).finished
 
