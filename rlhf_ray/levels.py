@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_ray.digests import (
@@ -67,11 +68,17 @@ def split_levels(model: nn.Module, levels: Mapping[str, Sequence[str]]) -> Level
         InputError: no levels, a level's name that cannot be one, a module that does not exist, a
             level without parameters that can be trained, a module or a parameter (tied weights) in
             two levels, a parameter of a level tied to one that is in none, complex parameters
-            that can be trained, extra state.
+            that can be trained, extra state, TorchScript.
     """
     if not isinstance(levels, Mapping) or not levels:
         raise InputError(f"levels must map level names to module names, got levels={levels!r}.")
     modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"modules must be Python's, got a TorchScript{f' at {name!r}' * bool(name)}, whose "
+                "parameters cannot be frozen. Give the module that it was made from."
+            )
     owner: dict[str, str] = {}
     for level, names in levels.items():
         if not isinstance(level, str) or level == RESERVED:
@@ -174,7 +181,7 @@ def model_digest(model: nn.Module, split: LevelSplit) -> str:
 
 def _attributes(module: nn.Module) -> str:
     """Of what a module holds besides parameters and modules, as far as its `repr` leaves it out."""
-    kind, bare = type(module), vars(nn.Module())
+    kind, bare = type(module), {*vars(nn.Module()), *_MARKS}
     found = {name: value for name, value in vars(module).items() if name not in bare}
     if kind.extra_repr is not nn.Module.extra_repr and is_installed(kind.__module__):
         shown, arguments = module.extra_repr(), inspect.signature(kind).parameters
@@ -186,6 +193,10 @@ def _attributes(module: nn.Module) -> str:
             and not _is_default(value, arguments[name].default)
         }
     return attributes_digest(found, module)
+
+
+_MARKS = ("__overloads__", "_is_torch_compile")
+"""What torch leaves on a module that was scripted or compiled."""
 
 
 def _is_default(value: object, default: object) -> bool:

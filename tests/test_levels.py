@@ -111,6 +111,9 @@ def test_digest_follows_attributes_and_unsaved_buffers() -> None:
     found = [digest(net) for net in nets]
     assert len(set(found)) == len(found)
     assert digest(Pooled(1.0, 0.0)) == found[0] == digest(Pooled(1.0, 0.0).eval())
+    compiled = Pooled(1.0, 0.0)
+    torch.compile(compiled, backend="eager")
+    assert digest(compiled) == found[0]
 
 
 @pytest.mark.parametrize(

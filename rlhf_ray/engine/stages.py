@@ -288,9 +288,11 @@ class Engine:
             tensors = [*input_tensors(x).items(), ("", y)]
             shapes = tuple((name, value.dtype, value.shape[1:]) for name, value in tensors)
             alike = (source_digest(task.loss), *shapes)
-            self._flop_models[task.digest] = self._flop_models_alike.setdefault(
-                alike, FlopModel(self.plan, self._loaded.model, self._loaded.split, task)
-            )
+            if alike not in self._flop_models_alike:
+                self._flop_models_alike[alike] = FlopModel(
+                    self.plan, self._loaded.model, self._loaded.split, task
+                )
+            self._flop_models[task.digest] = self._flop_models_alike[alike]
         return self._flop_models[task.digest]
 
     def _sizes(self, task: Task) -> tuple[int, int]:

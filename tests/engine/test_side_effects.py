@@ -312,10 +312,15 @@ def test_a_model_that_costs_nothing_is_refused() -> None:
         Engine(suite, SETTINGS).reference_flops()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_what_cannot_be_trained_or_handed_over_is_refused() -> None:
     spectral = nn.Linear(8, 3, dtype=torch.complex64)
     with pytest.raises(InputError, match=r"must be real, got '0.weight' of torch.complex64"):
         split_levels(nn.Sequential(spectral), {"all": ["0"]})
+
+    scripted = torch.jit.trace(nn.Linear(8, 3), torch.zeros(1, 8))
+    with pytest.raises(InputError, match="must be Python's, got a TorchScript at '0'"):
+        split_levels(nn.Sequential(scripted), {"all": ["0"]})
 
     class Extra(nn.Linear):
         def get_extra_state(self) -> dict[str, int]:
