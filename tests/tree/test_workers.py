@@ -355,6 +355,6 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         raise ValueError("no engine\nand more")
 
     with pytest.raises(
-        StageError, match=r"an engine must be made.*no engine \(test_workers.py, line \d+\)$"
+        StageError, match=r"engine must be made.*no engine \(test_workers.py, line \d+\)$"
     ):
         start_workers(broken, tmp_path / "runs", num_workers=1, cpus_per_worker=0.5)
