@@ -181,7 +181,7 @@ class Gatherer:
         flags = self._read(SUITE_FLAGS_FILE).get("flags") or ["--suite", unknown]
         tasks = sweep.get("tasks", {}).get("test", [])
         policy = self._storage.shown_path(f"{self._name}/{BEST_POLICY}")
-        own = {o["kind"] for o in sweep["operations"]} - KINDS.keys()
+        own = {entry["kind"] for entry in sweep.get("operations", [])} - KINDS.keys()
         operations = ["operations=operations"] if own else []
         apply = [
             "python", "-m", "rlhf_ray.apply", "--policy", policy, *flags,
