@@ -132,6 +132,6 @@ def _sent(make_engine: MakeEngine) -> bytes:
         return dumps(ray.put(make_engine))
     except Exception as error:  # whatever a user's objects raise
         raise InputError(
-            "model, data, losses and metrics must be picklable, to travel to workers, got "
-            f"{in_one_line(error)}"
+            "model, data, losses and metrics must be picklable, to travel to workers, "
+            f"got {in_one_line(error)}"
         ) from error

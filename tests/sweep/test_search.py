@@ -265,9 +265,10 @@ def test_other_configuration_under_the_same_name_is_refused(
 ) -> None:
     monkeypatch.setattr(sweep, "_run", must_not_run)
     name = finished.result.name
-    with pytest.raises(InputError, match=r"one of episodes=\d+ \(now 7\)\. Give another"):
+    episodes = r"which holds one of episodes=\d+ \(now 7\)"
+    with pytest.raises(InputError, match=rf"{episodes}\. Give another --name, or --fresh"):
         search(small_suite(), replace(finished.config, name=name, episodes=7))
-    with pytest.raises(InputError, match="which holds another suite"):
+    with pytest.raises(InputError, match="which holds another suite, model"):
         search(small_suite(task="other"), replace(finished.config, name=name))
     assert SearchResult.load(finished.storage / name).finished
 
