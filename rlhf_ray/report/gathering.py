@@ -182,7 +182,7 @@ class Gatherer:
         tasks = sweep.get("tasks", {}).get("test", [])
         policy = self._storage.shown_path(f"{self._name}/{BEST_POLICY}")
         own = {entry["kind"] for entry in sweep.get("operations", [])} - KINDS.keys()
-        operations = ["operations=operations"] if own else []
+        operations = ", operations=operations" if own else ""
         apply = [
             "python", "-m", "rlhf_ray.apply", "--policy", policy, *flags,
             "--task", str(tasks[0]) if tasks else "TASK", "--output", "tuned.safetensors",
@@ -191,8 +191,8 @@ class Gatherer:
         python = (
             "import rlhf_ray as rr\n\n"
             f"policy = rr.Policy.load({policy!r})\n"
-            f"tuned = rr.finetune({', '.join(['model, levels, task, policy', *operations])})"
-            "  # your own"
+            f"tuned = rr.finetune(model, levels, task, policy{operations})"
+            "  # your model, levels and task"
         )
         board = ["tensorboard", "--logdir", without_options(directory)]
         serve = ["python", "-m", "rlhf_ray.report", directory, "--serve"]

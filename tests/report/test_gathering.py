@@ -60,7 +60,7 @@ def test_gather_counts_states_and_marks_the_front(storage):
 def test_a_policy_with_operations_of_ones_own_is_used_from_python(storage):
     write_made_up_sweep(storage)
     commands = Gatherer(storage, "made-up").gather()["commands"]
-    assert "rlhf_ray.apply" in commands["apply"] and "policy)  # your own" in commands["python"]
+    assert "rlhf_ray.apply" in commands["apply"] and "policy)  # your model" in commands["python"]
     record = storage.read_json("made-up/sweep.json")
     record["operations"][0]["kind"] = "Shrink"
     storage.write_json("made-up/sweep.json", record)
