@@ -190,7 +190,7 @@ def stage_workers(
     for line in shortages(node_resources(), reserved, config):
         progress.message(line)
     return start_workers(
-        functools.partial(Engine, suite, config.engine_settings()),
+        functools.partial(Engine, suite.on_cpu(), config.engine_settings()),
         config.storage_path,
         num_workers=functools.partial(wanted_workers, needs=reserved, asked=asked),
         cpus_per_worker=reserved.worker_cpus,

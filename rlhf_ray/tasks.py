@@ -29,6 +29,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 SPLITS = ("train", "val", "test")
 
+_CPU = torch.device("cpu")
+
 
 def call_model(model: Callable[..., Tensor], inputs: Inputs) -> Tensor:
     """Calls a model with a tensor, a tuple (positional) or a dict (by keyword) of tensors."""
@@ -159,6 +161,15 @@ def loss_on(device: torch.device, task: Task) -> Loss:
     return _moved(task.loss, device)
 
 
+def _on_cpu(task: Task) -> Task:
+    there = copy.copy(task)  # its digest with it
+    for split in SPLITS:
+        x, y = task.split(split)
+        object.__setattr__(there, split, (map_inputs(Tensor.cpu, x), y.cpu()))
+    object.__setattr__(there, "loss", loss_on(_CPU, task))
+    return there
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).to(device)
@@ -279,6 +290,20 @@ class Suite:
         object.__setattr__(suite, "defaults", kept)
         return suite
 
+    def on_cpu(self) -> "Suite":
+        """The same suite, to travel to machines without a GPU; digests are those of this one.
+
+        Tensors that functions close over stay where they are.
+        """
+        suite = copy.copy(self)
+        object.__setattr__(suite, "model", _moved(self.model, _CPU))
+        for role in SPLITS:
+            tasks = tuple(_on_cpu(task) for task in getattr(self, f"{role}_tasks"))
+            object.__setattr__(suite, f"{role}_tasks", tasks)
+        if self.source is not None:
+            object.__setattr__(suite, "source", map_inputs(Tensor.cpu, self.source))
+        return suite
+
     def tasks(self) -> Iterator[Task]:
         """All tasks: train, val, test."""
         for role in SPLITS:
@@ -318,7 +343,17 @@ def _check_source(model: nn.Module, source: object, task: Task) -> None:
         )
     _check_tensors("source", input_tensors(source))  # type: ignore[arg-type]
     with looking(model), _refused("the model must take the source data"):
-        call_model(model, map_inputs(lambda value: value[:2].clone(), source))  # type: ignore[arg-type]
+        call_model(model, first_two(source, model_device(model)))  # type: ignore[arg-type]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where a model's parameters lie; the CPU if it has none."""
+    return next((value.device for value in model.parameters()), _CPU)
+
+
+def first_two(inputs: Inputs, device: torch.device) -> Any:
+    """Copies of two examples on a device, or of the one that there is: a model may write there."""
+    return map_inputs(lambda value: value[:2].to(device, copy=True), inputs)
 
 
 @contextlib.contextmanager
@@ -326,9 +361,8 @@ def looking(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients inside; the model, and random state, are left as they were."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
-    device = next((value.device for value in model.parameters()), torch.device("cpu"))
     try:
-        with apart(device), restored_buffers(model), torch.no_grad():
+        with apart(model_device(model)), restored_buffers(model), torch.no_grad():
             yield
     finally:
         for module in was_training:
@@ -339,7 +373,7 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
     where = f"task {task.name!r}, {split}"
     x, y = task.split(split)
     with _refused(f"task {task.name!r}: model and loss must take its data", split):
-        outputs = call_model(model, map_inputs(lambda value: value[:2].clone(), x))
+        outputs = call_model(model, first_two(x, model_device(model)))
         if not isinstance(outputs, Tensor):
             raise InputError(f"{where}: the model must return a tensor, got {_kind(outputs)}.")
         ignored = _ignored_label(task.loss)
@@ -353,7 +387,7 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
             )
         outputs = outputs.detach().requires_grad_(True)
         with torch.enable_grad():
-            loss = loss_on(outputs.device, task)(outputs, y[:2].clone())
+            loss = loss_on(outputs.device, task)(outputs, first_two(y, outputs.device))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
         raise InputError(f"{where}: the loss must be a scalar tensor, got {_kind(loss)}{shape}.")
@@ -369,7 +403,7 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
     assert isinstance(task.metric, Metric)
     with _refused(f"{where}: metric {task.metric.name!r} must take (outputs, y), give a number"):
         every = torch.arange(len(y)) % len(outputs)  # it may need more examples than two
-        metric = float(task.metric.function(outputs.cpu()[every], y.cpu().clone()))
+        metric = float(task.metric.function(outputs.cpu()[every], y.to("cpu", copy=True)))
     if split == "train":  # which is not judged
         return
     if not math.isfinite(metric):
@@ -377,7 +411,8 @@ def _check_run(model: nn.Module, task: Task, split: str) -> None:
             f"{where}: metric {task.metric.name!r} must give a finite number, got {metric}."
         )
     if not math.isfinite(loss):  # that of two examples that count for nothing may be
-        loss = loss_on(outputs.device, task)(outputs[every.to(outputs.device)], y.clone())
+        y = y.to(outputs.device, copy=True)
+        loss = loss_on(outputs.device, task)(outputs[every.to(outputs.device)], y)
     if not math.isfinite(loss):
         raise InputError(f"{where}: the loss must be finite, got {float(loss)}.")
 

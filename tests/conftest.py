@@ -3,10 +3,12 @@
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from simulated_cuda import simulated_cuda
 
 torch.set_num_threads(1)
 
@@ -14,6 +16,18 @@ torch.set_num_threads(1)
 TESTS = Path(__file__).parent
 FOLDERS = (TESTS, *(path for path in TESTS.iterdir() if path.is_dir()))
 """Where Ray's processes find what tests define themselves."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simulated-cuda", action="store_true", help="run tests on a CUDA device that is not there"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _device_of_the_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    with simulated_cuda() if request.config.getoption("simulated_cuda") else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

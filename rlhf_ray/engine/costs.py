@@ -25,7 +25,7 @@ from rlhf_ray.engine.segments import SegmentPlan, no_fast_path
 from rlhf_ray.isolation import apart, restored_buffers
 from rlhf_ray.levels import LevelSplit
 from rlhf_ray.operations import FlopCounts, Pass
-from rlhf_ray.tasks import Task, call_model, loss_on, map_inputs, n_examples
+from rlhf_ray.tasks import Task, call_model, loss_on, map_inputs, model_device, n_examples
 
 _BATCH = 2
 """Examples per measurement; batch statistics need more than one."""
@@ -51,8 +51,8 @@ class FlopModel:
         self.usable = plan.usable
         self._model = model
         self._split = split
-        self._loss = loss_on(next(model.parameters()).device, task)
-        device = next(model.parameters()).device
+        device = model_device(model)
+        self._loss = loss_on(device, task)
         x, y = task.train
         index = torch.arange(_BATCH) % n_examples(x)
         self._inputs = map_inputs(lambda value: value[index.to(value.device)].to(device), x)
@@ -170,7 +170,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode without kernels that hide their FLOPs; afterwards the model is as it was."""
     training = {module: module.training for module in model.modules()}
     needs_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    device = next(model.parameters()).device
+    device = model_device(model)
     # statistics of batch norm move in train mode
     with apart(device), restored_buffers(model), _visible_kernels():
         model.eval()

@@ -27,7 +27,7 @@ from rlhf_ray.engine.tracing import Traced
 from rlhf_ray.errors import InputError
 from rlhf_ray.isolation import apart, restored_buffers
 from rlhf_ray.levels import LevelSplit
-from rlhf_ray.tasks import Inputs, input_tensors, map_inputs, n_examples
+from rlhf_ray.tasks import Inputs, input_tensors, map_inputs, model_device, n_examples
 
 _MANY, _FEW = 4, 2
 """Batch sizes at which a plan is made: what changes with them is a batch dimension."""
@@ -376,7 +376,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     cudnn, cublas = torch._C._get_cudnn_allow_tf32(), torch._C._get_cublas_allow_tf32()
-    with apart(next(model.parameters()).device), restored_buffers(model):
+    with apart(model_device(model)), restored_buffers(model):
         for module in training:
             module.training = False
         torch._C._set_cudnn_allow_tf32(False)

@@ -11,7 +11,7 @@ from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.operations import NEEDS, Operation
-from rlhf_ray.tasks import Suite, call_model, looking, map_inputs
+from rlhf_ray.tasks import Suite, call_model, first_two, looking, model_device
 
 
 def what_there_is(suite: Suite) -> frozenset[str]:
@@ -20,15 +20,13 @@ def what_there_is(suite: Suite) -> frozenset[str]:
     found = set()
     if suite.source is not None and weighted_modules(suite.model, split, range(split.n_levels)):
         found.add("source")
-    device = next(suite.model.parameters()).device
-    task = suite.train_tasks[0]
-    example = map_inputs(lambda value: value[:2].to(device, copy=True), task.train[0])
+    device = model_device(suite.model)
+    x, y = suite.train_tasks[0].train
     with looking(suite.model):
-        outputs = call_model(suite.model, example)
-        if readable(outputs, task.train[1][:2].to(device)):
+        outputs = call_model(suite.model, first_two(x, device))
+        if readable(outputs, first_two(y, device)):
             found.add("readable targets")
-        example = map_inputs(lambda value: value[:2].to(device, copy=True), task.train[0])
-        if output_layer(suite.model, split, example) is not None:
+        if output_layer(suite.model, split, first_two(x, device)) is not None:
             found.add("output layer")
     return frozenset(found)
 
@@ -46,11 +44,10 @@ def against_the_flow(suite: Suite) -> str:
         for name, module in model.named_modules()
         if (level := split.level_of(name)) is not None
     ]
-    device = next(model.parameters()).device
     x = suite.train_tasks[0].train[0]
     try:
         with looking(model):
-            call_model(model, map_inputs(lambda value: value[:2].to(device, copy=True), x))
+            call_model(model, first_two(x, model_device(model)))
     finally:
         for handle in handles:
             handle.remove()

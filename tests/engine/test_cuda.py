@@ -1,13 +1,18 @@
-"""The CUDA path of the engine: the same stages, bf16, and nothing that leaves the device."""
+"""The CUDA path of the engine: the same stages, bf16, and nothing that leaves the device.
+
+On a GPU where there is one, else on `simulated_cuda`: every tensor must be where it belongs.
+"""
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from simulated_cuda import simulated_cuda
 from test_stages import path_of, suite_of
 
 from rlhf_ray.engine.loaded_model import EngineSettings
@@ -15,20 +20,22 @@ from rlhf_ray.engine.stages import Engine
 from rlhf_ray.engine.training import batch_order, make_optimizer, train_steps
 from rlhf_ray.operations import Align, Fit, Operation, OptimizerName, Refit, Train
 from rlhf_ray.outcomes import Outcome, StageRequest, StageStep
+from rlhf_ray.tasks import Suite, Task, map_inputs
 from rlhf_ray.tree.stage_tree import LocalStages
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CPU = EngineSettings(device="cpu", val_size=10, probe_size=6)
-CUDA = dataclasses.replace(CPU, device="cuda") if torch.cuda.is_available() else CPU
+CUDA = dataclasses.replace(CPU, device="cuda")
 WITHOUT_DROPOUT = ("cnn2", "cnn4", "lstm", "transformer_plain", "unet", "resnet18")
 REQUEST = StageRequest(task="task", path=path_of((0,), (1,), (0, 1)))
 
 
 @pytest.fixture(autouse=True)
-def _exact_convolutions() -> Iterator[None]:
+def _device() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        with simulated_cuda():
+            yield
+        return
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -136,6 +143,53 @@ def test_what_is_kept_is_in_the_order_of_a_file() -> None:
     stages = stages_of("cnn4", CUDA)
     _, weights = carried_out(stages)
     assert all(value.is_contiguous() for value in weights.values())
+
+
+def placed(suite: Suite, model: str, data: str) -> Suite:
+    """A suite whose tensors lie where a user may have put them."""
+
+    def moved(task: Task) -> Task:
+        splits = {
+            name: (map_inputs(lambda value: value.to(data), x), y.to(data))
+            for name in ("train", "val", "test")
+            for x, y in [task.split(name)]
+        }
+        n_classes = int(task.train[1].max()) + 1
+        loss = torch.nn.CrossEntropyLoss(weight=torch.arange(1.0, 1.0 + n_classes, device=data))
+        return dataclasses.replace(task, **splits, loss=loss)
+
+    return dataclasses.replace(
+        suite,
+        model=suite.model.to(model),
+        train_tasks=[moved(task) for task in suite.train_tasks],
+        source=None if suite.source is None else map_inputs(lambda x: x.to(data), suite.source),
+    )
+
+
+@pytest.mark.parametrize("name", ["cnn4", "lstm", "torch_transformer"])
+def test_a_users_model_and_data_may_lie_anywhere(name: str) -> None:
+    found = []
+    for model, data, engine in itertools.product(("cpu", "cuda"), ("cpu", "cuda"), (CPU, CUDA)):
+        suite = placed(suite_of(zoo.CASES[name]), model, data)
+        outcome, weights = carried_out(LocalStages(Engine(suite, engine)))
+        assert next(suite.model.parameters()).device.type == model
+        assert {value.device.type for value in weights.values()} == {"cpu"}
+        found.append(outcome)
+    assert len({outcome.key for outcome in found}) == 1
+    assert [o.loss for o in found] == pytest.approx([found[0].loss] * 8, rel=1e-2)
+
+
+def test_a_suite_on_the_device_travels_to_machines_without_one() -> None:
+    suite = placed(suite_of(zoo.CASES["cnn4"]), "cuda", "cuda")
+    there = suite.on_cpu()
+    (task,), (sent,) = suite.train_tasks, there.train_tasks
+    assert sent.digest == task.digest
+    assert Engine(there, CPU).identity == Engine(suite, CUDA).identity
+    assert there.source is not None and isinstance(sent.loss, torch.nn.CrossEntropyLoss)
+    tensors = [*there.model.state_dict().values(), there.source, sent.loss.weight]
+    tensors += [value for split in ("train", "val", "test") for value in sent.split(split)]
+    assert {value.device.type for value in tensors} == {"cpu"}
+    assert next(suite.model.parameters()).is_cuda and task.train[1].is_cuda  # as they were
 
 
 def test_released_memory_is_the_devices_again() -> None:
