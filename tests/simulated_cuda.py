@@ -203,6 +203,7 @@ def simulated_cuda() -> Iterator[Device]:
         "current_device": lambda: 0,
         "get_device_name": lambda device=None: "simulated",
         "empty_cache": lambda: None,
+        "synchronize": lambda device=None: None,
         "manual_seed": lambda seed: None,
         "get_rng_state": lambda device=None: torch.zeros(1, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
