@@ -121,8 +121,9 @@ class SearchConfig:
         replay_only: carry out nothing new; a stage that is not in the tree is an error.
         mlflow: tracking URI of an MLflow server, or a folder: trials are logged there too.
         wandb: project of Weights & Biases: trials are logged there too.
-        rllib: settings of RLlib's algorithm by name, such as grad_clip=5.0; not those that this
-            package sets itself (gamma, lr, batch sizes, the buffer's).
+        rllib: settings of RLlib's algorithm by name, such as grad_clip=5.0. Read are, with dqn,
+            grad_clip and td_error_loss_fn; with ppo, clip_param, entropy_coeff, grad_clip, lambda_,
+            minibatch_size, num_epochs and vf_loss_coeff.
     """
 
     gamma: tuple[float, ...] = (0.9, 0.99)
@@ -299,9 +300,7 @@ def with_defaults(config: SearchConfig, defaults: Mapping[str, Any]) -> SearchCo
         if name not in fields:
             raise unknown_name("suite default", name, fields)
     untouched = {
-        name: value
-        for name, value in defaults.items()
-        if getattr(config, name) == _default_of(name)
+        name: value for name, value in defaults.items() if getattr(config, name) == default_of(name)
     }
     if untouched.get("algorithm", config.algorithm) in WITHOUT_EPSILON:
         untouched.pop("epsilon", None)
@@ -335,7 +334,8 @@ def _check_single(config: SearchConfig) -> None:
         )
 
 
-def _default_of(name: str) -> Any:
+def default_of(name: str) -> Any:
+    """The package's own default of a setting."""
     (f,) = (f for f in dataclasses.fields(SearchConfig) if f.name == name)
     return f.default_factory() if callable(f.default_factory) else f.default
 
@@ -382,7 +382,7 @@ def _check(config: SearchConfig) -> None:
     _check_name(config.name)
     if config.algorithm not in ALGORITHM_NAMES:
         raise unknown_name("algorithm", config.algorithm, ALGORITHM_NAMES)
-    if config.algorithm in WITHOUT_EPSILON and config.epsilon != _default_of("epsilon"):
+    if config.algorithm in WITHOUT_EPSILON and config.epsilon != default_of("epsilon"):
         raise InputError(
             f"epsilon must be left out for {config.algorithm}, got epsilon={config.epsilon}: it "
             "samples its actions. Say how random they stay with --rllib entropy_coeff=0.05."

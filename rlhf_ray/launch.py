@@ -454,6 +454,7 @@ def _as_mapping(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _check_before_loading(options: SuiteOptions, config: SearchConfig, given: set[str]) -> None:
     """Checks all that hangs on no level or task: loading the suite may pretrain for minutes."""
+    from rlhf_ray.algorithms import check_overrides
     from rlhf_ray.evaluation.baselines import baselines_for
     from rlhf_ray.suites import suite_defaults
 
@@ -464,7 +465,9 @@ def _check_before_loading(options: SuiteOptions, config: SearchConfig, given: se
     defaults = suite_defaults(options.suite)
     if defaults is not None:  # one's own suite may want another algorithm or observation
         wanted = {name: value for name, value in defaults.items() if name not in given}
-        check_observation(with_defaults(config, wanted))
+        as_wanted = with_defaults(config, wanted)
+        check_observation(as_wanted)
+        check_overrides(as_wanted.algorithm, as_wanted.rllib)
 
 
 def _check_storage(location: str) -> None:

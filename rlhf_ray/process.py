@@ -89,6 +89,13 @@ def check_operations(operations: Sequence[Operation], n_levels: int) -> None:
         _check_levels(operation, n_levels)
         if isinstance(operation, Train) and operation.level_scales is not None:
             _check_scales(operation, operation.level_scales, n_levels)
+        try:
+            hash(operation)
+        except TypeError as error:
+            raise InputError(
+                f"operations must be hashable, got {operation.name!r}: {error}. Make its lists "
+                "tuples."
+            ) from error
 
 
 def _check_levels(operation: Operation, n_levels: int) -> None:

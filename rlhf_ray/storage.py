@@ -316,9 +316,14 @@ def without_options(path: str) -> str:
     return path.partition("?")[0] if "://" in path else path
 
 
-def _checked(name: str) -> str:
+def is_plain(name: str) -> bool:
+    """Whether a name is a relative path with forward slashes that stays in its folder."""
     parts = name.split("/")
-    if set(name) & set("\\\0") or any(part in {"", ".", ".."} for part in parts):
+    return not (set(name) & set("\\\0") or any(part in {"", ".", ".."} for part in parts))
+
+
+def _checked(name: str) -> str:
+    if not is_plain(name):
         raise InputError(
             "a stored name must be a relative path with forward slashes that stays in its folder, "
             f"got name={name!r}."
@@ -340,4 +345,18 @@ def without_secrets(uri: str) -> str:
         return uri
     bare, _, query = uri.partition("?")
     options = [option for option in query.split("&") if option.partition("=")[0] in HARMLESS]
-    return re.sub(r"//[^/@]*@", "//", bare) + ("?" + "&".join(options) if options else "")
+    return _USER.sub("//", bare, count=1) + ("?" + "&".join(options) if options else "")
+
+
+def user_of(uri: str) -> str:
+    """What stands before the @ of a URI: a user, or a key and its secret; "" if nothing does.
+
+    >>> user_of("s3://KEY:SEC/RET@bucket/runs"), user_of("s3://bucket/me@home")
+    ('KEY:SEC/RET', '')
+    """
+    found = _USER.search(uri.partition("?")[0]) if "://" in uri else None
+    return found[1] if found else ""
+
+
+_USER = re.compile(r"//([^@]*:[^@]*|[^/@]*)@")
+"""Keys of S3 may hold slashes, which end what other readers take for the user."""

@@ -109,11 +109,8 @@ def _submit(arguments: list[str]) -> int:
         terminal.say(f"{options.stop} is stopping." if stopped else f"{options.stop} had ended.")
         return OK
     client = cluster.connect(address)
+    name = options.follow or _start(client, address, options, flags, terminal)
     with cluster.answering(address):
-        if options.follow is None:
-            name = _start(client, options, flags, terminal)
-        else:
-            name = options.follow
         details = client.get_job_info(name)
     _show_job(terminal, address, name)
     if options.detach:
@@ -126,7 +123,11 @@ def _submit(arguments: list[str]) -> int:
 
 
 def _start(
-    client: "JobSubmissionClient", options: SubmitOptions, flags: list[str], terminal: Terminal
+    client: "JobSubmissionClient",
+    address: str,
+    options: SubmitOptions,
+    flags: list[str],
+    terminal: Terminal,
 ) -> str:
     """Uploads what the flags need and starts the job; returns its name."""
     from rlhf_ray.submission import cluster
@@ -149,13 +150,14 @@ def _start(
                 f"The suite's module {staged.elsewhere} is not in this folder: the cluster must "
                 "have it installed."
             )
-        return cluster.submit(
-            client,
-            job.entrypoint(expected, flags),
-            folder=Path(scratch),
-            metadata={_STORAGE: config.storage_path},
-            pip=staging.pinned() if options.pip else None,
-        )
+        with cluster.answering(address):
+            return cluster.submit(
+                client,
+                job.entrypoint(expected, flags),
+                folder=Path(scratch),
+                metadata={_STORAGE: config.storage_path},
+                pip=staging.pinned() if options.pip else None,
+            )
 
 
 def _follow(
@@ -302,25 +304,27 @@ def holds_secret(uri: str) -> bool:
     >>> [holds_secret(u) for u in ("s3://KEY:SECRET@b/x", "s3://b/x?region=eu", "gs://b?token=1")]
     [True, False, True]
     """
-    parts = urllib.parse.urlsplit(uri)
-    user = parts.netloc.rpartition("@")[0]
+    from rlhf_ray.storage import user_of
+
     words = ("key", "secret", "token", "password", "credential", "signature")
-    names = [name.lower() for name, _ in urllib.parse.parse_qsl(parts.query, True)]
-    return user not in ("", "anonymous") or any(w in name for name in names for w in words)
+    query = urllib.parse.parse_qsl(uri.partition("?")[2], True)
+    names = [name.lower() for name, _ in query]
+    return user_of(uri) not in ("", "anonymous") or any(w in name for name in names for w in words)
 
 
 def checked_address(address: str | None, environment: Mapping[str, str] = os.environ) -> str:
     """The address of the job server.
 
     Raises:
-        InputError: it is none of http or https, or holds a password.
+        InputError: it is none of http or https, or holds more than host, port and path.
     """
     found = address or environment.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     parts = urllib.parse.urlsplit(found)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        shown = found.rpartition("@")[2]
+    usual = parts.scheme in ("http", "https") and parts.hostname
+    if not usual or "@" in found or parts.query or parts.fragment:
+        shown = found.rpartition("@")[2].partition("?")[0].partition("#")[0]
         raise InputError(
-            "address must be that of a cluster's job server, without user or password, got "
+            "address must be that of a cluster's job server, without user, password or query, got "
             f"address={shown!r}. Write http://HEAD:8265."
         )
     return found.rstrip("/")

@@ -229,8 +229,8 @@ class Suite:
 
     Args:
         name: names the sweep's folder and appears in reports.
-        model: any `nn.Module` that maps a task's x to outputs, batch first; left as it is, and where
-            it is: stages run on a copy, wherever model and data lie.
+        model: any `nn.Module` that maps a task's x to outputs, batch first; left as and where it
+            is: stages run on a copy, wherever model and data lie.
         levels: ordered, input side first: level name -> names of the model's modules. Parameters
             that require no gradient stay as they are, unless the whole model is frozen.
         train_tasks: policies learn on them.

@@ -18,7 +18,7 @@ RAY_MODULES = {
 
 RAY_FREE_ALGORITHMS = {
     "algorithms", "algorithms.counterfactuals", "algorithms.exploration", "algorithms.handover",
-    "algorithms.settings",
+    "algorithms.overrides", "algorithms.settings",
 }  # fmt: skip
 
 

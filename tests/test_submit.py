@@ -86,6 +86,23 @@ def test_stage_takes_the_whole_package_of_a_suite(tmp_path) -> None:
     assert staged(tmp_path, suite="own.suites:suite") == expected
 
 
+def test_stage_takes_what_python_imports(tmp_path, project) -> None:
+    (project / "sensors").mkdir()
+    (project / "sensors/raw.csv").write_text("1")
+    assert staged(tmp_path, suite="sensors:suite") == {"sensors.py"}
+
+
+@pytest.mark.parametrize("target", ["../secret", "nowhere"])
+def test_stage_follows_no_link_that_leads_out_or_nowhere(tmp_path, project, target) -> None:
+    (tmp_path / "secret").write_text("key")
+    (project / "own/inside.txt").symlink_to(project / "notes/a.txt")
+    names = staged(tmp_path, suite="own.suites:suite")
+    assert "own/inside.txt" in names
+    (project / "own/link.txt").symlink_to(project / target)
+    with pytest.raises(InputError, match="links must lead to files in the current folder"):
+        staging.stage(tmp_path / "again", suite="own.suites:suite")
+
+
 def test_stage_leaves_out_git_data_and_storage_even_when_all_is_included(tmp_path, project) -> None:
     names = staged(tmp_path, include=["."], leave_out=[project / "data"])
     assert names == {
@@ -175,7 +192,21 @@ def test_sweep_comes_back_whole_without_pickles_and_tree(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../out", "/etc/out", "a/../../out", "..\\out", "a/./../../out", "tune/a.pkl", "model.PT", ""],
+    [
+        "../out",
+        "/etc/out",
+        "a/../../out",
+        "a/../out",
+        "..\\out",
+        "a/./../../out",
+        "a//b",
+        "",
+        "tune/a.pkl",
+        "model.PT",
+        "a\nb.pkl",
+        ".git/hooks/post-checkout",
+        "a/.b/c.json",
+    ],
 )
 def test_fetched_file_cannot_leave_its_folder(tmp_path, name) -> None:
     with pytest.raises(InputError, match="must lie in its folder and be no pickle"):
@@ -190,11 +221,20 @@ def test_fetched_file_does_not_follow_a_link_out(tmp_path) -> None:
         archive.write_sweep(tmp_path / "here", {"trials/a.json": b"{}"})
 
 
+def as_log(data: bytes) -> str:
+    """Data as an archive's lines, with the right digest."""
+    begin, *_, end = archive.as_text({})
+    digest = hashlib.sha256(data).hexdigest()
+    return "\n".join([begin[:-64] + digest, base64.b64encode(data).decode(), end])
+
+
 def test_cut_or_altered_archive_is_refused() -> None:
     lines = list(archive.as_text({"a.json": b"{}" * 9000}))
     for bad in (lines[:-1], lines[1:], [lines[0], lines[1][:-4], lines[-1]], ["no archive"]):
         with pytest.raises(StorageError, match="arrive whole"):
             archive.from_text("\n".join(bad), MB)
+    with pytest.raises(StorageError, match="must be an archive, got none"):
+        archive.from_text(as_log(b"no zip"), MB)
 
 
 def test_fetch_is_bounded(tmp_path) -> None:
@@ -204,12 +244,8 @@ def test_fetch_is_bounded(tmp_path) -> None:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("a.json", bytes(5 * MB))
-    data = bomb.getvalue()
-    digest = hashlib.sha256(data).hexdigest()
-    begin, *_, end = archive.as_text({})
-    log = "\n".join([begin[:-64] + digest, base64.b64encode(data).decode(), end])
     with pytest.raises(InputError, match="at most 1 MB"):
-        archive.from_text(log, MB)
+        archive.from_text(as_log(bomb.getvalue()), MB)
 
 
 def test_fetch_of_no_sweep_says_so(tmp_path, capsys) -> None:
@@ -229,8 +265,13 @@ def test_fetch_of_no_sweep_says_so(tmp_path, capsys) -> None:
         (["--", "--suite", "digits"], "absolute path that all nodes share"),
         (["--", "--storage-path", "runs"], "absolute path that all nodes share"),
         (["--", "--storage-path", "s3://KEY:SECRET@bucket/x"], "must hold no key"),
+        (["--", "--storage-path", "s3://KEY:SEC/SECRET@bucket/x"], "must hold no key"),
         (
             ["--", "--storage-path", "/shared/x", "--mlflow", "postgresql://me:PASS@db/x"],
+            "mlflow must be a URI without a user, password",
+        ),
+        (
+            ["--", "--storage-path", "/shared/x", "--mlflow", "http://me:A/SECRET@host:5000"],
             "mlflow must be a URI without a user, password",
         ),
         (["--stop", "job", "--fetch", "here"], "has no use for, got --fetch"),
@@ -241,7 +282,9 @@ def test_fetch_of_no_sweep_says_so(tmp_path, capsys) -> None:
         (["--detach", "--fetch", "d", "--", "--storage-path", "/s"], "without detach"),
         (["--max-upload-mb", "0", "--", "--storage-path", "/s"], "max_upload_mb must be > 0"),
         (["--address", "head:8265", "--follow", "a"], "Write http://HEAD:8265"),
-        (["--address", "http://u:SECRET@head:8265", "--follow", "a"], "without user or password"),
+        (["--address", "http://u:SECRET@head:8265", "--follow", "a"], "without user, password"),
+        (["--address", "http://u:A/SECRET@head:8265", "--follow", "a"], "without user, password"),
+        (["--address", "http://head:8265?token=SECRET", "--follow", "a"], "password or query"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_sent(arguments, message, capsys) -> None:

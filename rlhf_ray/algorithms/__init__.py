@@ -17,6 +17,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.algorithms.overrides import check_overrides
 from rlhf_ray.algorithms.settings import AlgorithmSettings, completed
 from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.policies.networks import NetworkSettings
@@ -31,25 +32,14 @@ ALGORITHMS: Mapping[str, str] = {
     "ppo": "rlhf_ray.algorithms.ppo",
     "q-learning": "rlhf_ray.algorithms.q_learning",
 }
-"""Name -> module with `build`, which takes `build_algorithm`'s arguments but the name, and
-`check_overrides`, which takes those. The algorithm that is built has a method `level_weights()`
-and the results that `episodes_of` reads."""
+"""Name -> module with `build`, which takes `build_algorithm`'s arguments but the name. What it
+builds has a method `level_weights()` and the results that `episodes_of` reads."""
 
 
 def check_algorithm(name: str) -> None:
     """Raises InputError, with the nearest valid name, unless `name` is an algorithm."""
     if name not in ALGORITHMS:
         raise unknown_name("algorithm", name, ALGORITHMS)
-
-
-def check_overrides(name: str, overrides: Mapping[str, Any]) -> None:
-    """Raises InputError unless RLlib settings are ones that an algorithm can be given.
-
-    Imports RLlib where there are any.
-    """
-    check_algorithm(name)
-    if overrides:
-        import_module(ALGORITHMS[name]).check_overrides(overrides)
 
 
 def build_algorithm(
@@ -84,6 +74,7 @@ def build_algorithm(
         InputError: unknown algorithm or setting.
     """
     check_algorithm(name)
+    check_overrides(name, settings.overrides)
     if not levels or len(set(levels)) != len(levels):
         raise InputError(f"levels must be distinct names, at least one, got levels={levels}.")
     if settings.controller == "single" and name == "q-learning":
@@ -150,6 +141,7 @@ __all__ = [
     "AlgorithmSettings",
     "build_algorithm",
     "check_algorithm",
+    "check_overrides",
     "episodes_of",
     "level_weights",
     "network_settings",

@@ -18,7 +18,7 @@ import abc
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,23 +36,13 @@ from rlhf_ray.algorithms.env_runner import EnvFactory, NumberedEpisodesRunner
 from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.modules import module_id, module_of_agent
 from rlhf_ray.algorithms.settings import AlgorithmSettings
-from rlhf_ray.errors import InputError, LostProcessError, RlhfRayError, unknown_name
+from rlhf_ray.errors import LostProcessError, RlhfRayError
 
 FINAL_LEARNING_RATE = 0.1
 """Learning rate at a trial's end, as a part of the one at its start."""
 
 COUNTS = "rlhf_ray_counts"
 """Key of the trial's counts in an algorithm's state."""
-
-OURS = {
-    "batch_mode", "env", "env_config", "env_runner_cls", "exploration_config", "gamma",
-    "learner_class", "levels", "lr", "lr_schedule", "num_cpus_per_env_runner", "num_env_runners",
-    "num_envs_per_env_runner",
-    "num_learners", "policies", "policy_mapping_fn", "rollout_fragment_length", "samples_actions",
-    "seed", "settings", "shuffle_batch_per_epoch", "train_batch_size",
-    "train_batch_size_per_learner",
-}  # fmt: skip
-"""RLlib settings that every algorithm here replaces by its own or does not read."""
 
 
 class HandoverAlgorithm(Algorithm):
@@ -240,7 +230,6 @@ def configure(
     learner_class: type[Learner],
     rl_module_spec: MultiRLModuleSpec,
     defaults: dict[str, Any],
-    ours: set[str],
 ) -> None:
     """Fills an RLlib configuration with what all algorithms here have in common.
 
@@ -253,10 +242,6 @@ def configure(
         learner_class: what learns.
         rl_module_spec: one module per level.
         defaults: RLlib settings that this algorithm wants otherwise; overrides may change them.
-        ours: settings that overrides may not hold, besides `OURS`.
-
-    Raises:
-        InputError: an override that is not RLlib's, or ours.
     """
     quiet_rllib()
     config.settings, config.levels = settings, levels
@@ -285,30 +270,7 @@ def configure(
     config.reporting(min_sample_timesteps_per_iteration=0, min_time_s_per_iteration=0)
     # no seed: RLlib would seed the whole process, and every draw here has a generator of its own
     config.debugging(log_level="ERROR")
-    override(config, settings.overrides, ours)
-
-
-def override(config: Any, overrides: Mapping[str, Any], ours: set[str]) -> None:
-    """Sets RLlib settings by name.
-
-    Args:
-        config: of an algorithm here.
-        overrides: name -> value.
-        ours: those that may not be given, besides `OURS`.
-
-    Raises:
-        InputError: a name that is not RLlib's, or ours.
-    """
-    known, ours = {name for name in vars(config) if not name.startswith("_")}, OURS | ours
-    for name in overrides:
-        if name in ours:
-            raise InputError(
-                f"RLlib settings must not hold what this package sets itself, got {name!r}. "
-                "See rlhf_ray.algorithms.AlgorithmSettings."
-            )
-        if name not in known:
-            raise unknown_name("RLlib setting", name, known - ours)
-    config.update_from_dict(dict(overrides))
+    config.update_from_dict(dict(settings.overrides))
 
 
 def quiet_rllib() -> None:

@@ -7,7 +7,7 @@ keep what they made of the first few transitions (the primacy bias; Nikishin et 
 `td_error`, `q_value` (means over the iteration's updates) and `learning_rate`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings, network_settings
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, override
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import (
     IMPLIED,
     ReplayBuffer,
@@ -28,15 +28,6 @@ from rlhf_ray.algorithms.handover import (
 from rlhf_ray.algorithms.learner import HandoverLearner
 from rlhf_ray.algorithms.modules import levels_spec, spaces
 from rlhf_ray.digests import derive_seed
-
-OURS = {
-    "adam_epsilon", "burn_in_len", "categorical_distribution_temperature", "double_q", "dueling",
-    "epsilon", "grad_clip_by", "hiddens", "minibatch_size", "n_step", "noisy", "num_atoms",
-    "num_epochs", "num_steps_sampled_before_learning_starts", "replay_buffer_config", "sigma0",
-    "target_network_update_freq", "tau", "training_intensity", "v_max", "v_min",
-}  # fmt: skip
-"""Settings of RLlib's DQN that this one replaces by its own or does not read."""
-
 
 RARE_SHARE = 0.5
 """Part of a batch, when learning anew, from actions that are not free: a stage implies some twenty
@@ -122,11 +113,6 @@ class HandoverDQN(HandoverAlgorithm):
         return {k: v.detach().clone() for k, v in self._learner.networks.state_dict().items()}
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises InputError unless RLlib settings are ones that this algorithm can be given."""
-    override(HandoverDQNConfig(), overrides, OURS)
-
-
 def build(
     *,
     env_creator: Callable[[dict[str, Any]], MultiAgentEnv],
@@ -151,6 +137,5 @@ def build(
         learner_class=HandoverLearner,
         rl_module_spec=levels_spec(levels, network, settings.seed, *spaces(n_features, n_actions)),
         defaults={"grad_clip": 10.0},
-        ours=OURS,
     )
     return HandoverDQN(config=config)

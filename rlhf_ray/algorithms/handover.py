@@ -263,15 +263,15 @@ def td_targets(
     Returns:
         (M, B) float32: every member has its own target.
     """
-    following = target(batch.next_features, batch.next_level)
-    chooser = online(batch.next_features, batch.next_level) if double_q else following
+    after = target(batch.next_features, batch.next_level)
+    chooser = online(batch.next_features, batch.next_level) if double_q else after
     settings = online.settings
     if settings.schedule is not None:  # as the policy decides: one action for all members
         chooser = decided(chooser, batch.next_features, batch.next_level, settings, online.tried)
-        chooser = chooser.expand(following.shape)
+        chooser = chooser.expand(after.shape)
     # after the end no action is valid; whatever is chosen there is multiplied by 0
     best = masked(chooser, batch.next_mask).argmax(dim=-1, keepdim=True)
-    value = following.gather(-1, best).squeeze(-1)
+    value = after.gather(-1, best).squeeze(-1)
     return batch.reward + gamma * (1.0 - batch.terminated) * value
 
 

@@ -12,7 +12,7 @@ settings that are read under RLlib's names: `lambda_`, `clip_param`, `vf_loss_co
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from rlhf_ray.algorithms.advantages import (
     policy_loss,
     trajectory,
 )
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, override
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import Transitions, Turn
 from rlhf_ray.algorithms.modules import levels_spec, spaces
 from rlhf_ray.digests import derive_seed
@@ -50,12 +50,6 @@ DEFAULTS = {
     "grad_clip": 0.5,
 }
 """RLlib settings that few, dear steps want otherwise."""
-
-OURS = {
-    "entropy_coeff_schedule", "grad_clip_by", "kl_coeff", "kl_target", "use_critic", "use_gae",
-    "use_kl_loss", "vf_clip_param", "vf_share_layers",
-}  # fmt: skip
-"""Settings of RLlib's PPO that this one replaces by its own or does not read."""
 
 LOGGED = ("policy_loss", "value_loss", "entropy")
 
@@ -206,11 +200,6 @@ class HandoverPPO(HandoverAlgorithm):
         return {k: v.detach().clone() for k, v in self._learner.networks.state_dict().items()}
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises InputError unless RLlib settings are ones that this algorithm can be given."""
-    override(HandoverPPOConfig(), overrides, OURS)
-
-
 def build(
     *,
     env_creator: Callable[[dict[str, Any]], MultiAgentEnv],
@@ -248,6 +237,5 @@ def build(
             critic=replace(actor, n_actions=1),
         ),
         defaults=DEFAULTS,
-        ours=OURS,
     )
     return HandoverPPO(config=config)

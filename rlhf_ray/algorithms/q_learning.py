@@ -9,7 +9,7 @@ over the iteration's updates), `states` (rows of all tables) and `alpha`.
 The features must have finitely many values: every distinct vector is a state of its own.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,14 +23,11 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 
 from rlhf_ray.algorithms import AlgorithmSettings
-from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure, override
+from rlhf_ray.algorithms.algorithm import HandoverAlgorithm, configure
 from rlhf_ray.algorithms.handover import Backup, Transitions, Turn, following, turns
 from rlhf_ray.algorithms.modules import module_id, spaces
 from rlhf_ray.digests import derive_seed
 from rlhf_ray.policies.q_table import QTable, as_weights
-
-OURS = {"grad_clip", "grad_clip_by", "minibatch_size", "num_epochs"}
-"""Settings of RLlib that have no meaning for a table."""
 
 
 class TableStep(NamedTuple):
@@ -203,11 +200,6 @@ class HandoverQLearning(HandoverAlgorithm):
         return as_weights(self._learner.tables(self.config.levels))
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Raises InputError unless RLlib settings are ones that this algorithm can be given."""
-    override(HandoverQConfig(), overrides, OURS)
-
-
 def build(
     *,
     env_creator: Callable[[dict[str, Any]], MultiAgentEnv],
@@ -237,6 +229,5 @@ def build(
             rl_module_specs=dict.fromkeys(map(module_id, levels), module)
         ),
         defaults={},
-        ours=OURS,
     )
     return HandoverQLearning(config=config)

@@ -53,7 +53,7 @@ class AlgorithmSettings:
             for comparison.
         num_env_runners: processes that play episodes; 0: the trial's own.
         num_envs_per_runner: episodes in flight per process, >= 1 (a thread each).
-        overrides: further RLlib settings by name.
+        overrides: further RLlib settings by name: those of `overrides.READ`.
     """
 
     gamma: float

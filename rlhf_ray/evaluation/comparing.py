@@ -50,7 +50,10 @@ def run_baselines(
     """
     check_kinds(suite, config)
     config = with_defaults(config or SearchConfig(), suite.defaults)
-    chosen = [suite.task(name).name for name in tasks or [t.name for t in suite.test_tasks]]
+    names_of_tasks = [task.name for task in suite.test_tasks] if tasks is None else tasks
+    chosen = [suite.task(name).name for name in names_of_tasks]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"tasks must be distinct, at least one, got tasks={list(chosen)}.")
     metric = common_metric(suite)
     engine = Engine(suite, config.engine_settings())
     spec = process_spec(

@@ -35,8 +35,8 @@ class Departures:
 
     @property
     def paid(self) -> bool:
-        """Whether the gain is more than its standard error, and more than nothing."""
-        return self.gain > max(self.standard_error, 0.0)
+        """Whether the gain is more than its standard error."""
+        return self.gain > self.standard_error
 
 
 def departures(

@@ -142,6 +142,11 @@ def finetune(
             raise InputError(
                 f"{name} must be a rlhf_ray.{kind.__name__}, got a {type(value).__name__}."
             )
+    if "process" not in policy.metadata:
+        raise InputError(
+            "policy must know the process that it decides in, got metadata without 'process'. Take "
+            "one that a search saved."
+        )
     suite = Suite(
         name="finetune", model=model, levels=levels, train_tasks=[task], val_tasks=[], test_tasks=[]
     )

@@ -89,8 +89,16 @@ class NetworkSettings:
             raise InputError(
                 "encoder must be 'shared' for a single controller, got encoder='separate'."
             )
-        if not (self.pessimism >= 0 and math.isfinite(self.pessimism)):
-            raise InputError(f"pessimism must be finite and >= 0, got pessimism={self.pessimism}.")
+        for name in ("pessimism", "least_tried", "assurance", "margin"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} must be finite and >= 0, got {name}={value}.")
+        actions = [action for row in self.schedule or () for action in row]
+        if not all(0 <= action < self.n_actions for action in actions):
+            raise InputError(
+                f"schedule must hold actions in [0, {self.n_actions - 1}], got "
+                f"schedule={self.schedule}."
+            )
 
     @property
     def n_heads(self) -> int:

@@ -159,14 +159,34 @@ class Policy:
                 )
         _check_equal("features", list(self.features), list(features))
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path) -> str | Path:
         """Writes the policy.
 
         Args:
-            directory: made if it is not there; a policy in it is replaced.
+            directory: a local path or a URI; made if it is not there; a policy in it is replaced.
 
         Returns:
-            The path of the `policy.json`.
+            The path of the `policy.json`, or its URI.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        storage, name = parent_of(directory)
+        self.write(storage, name)
+        if "://" in str(directory):
+            uri, mark, options = str(directory).partition("?")
+            return f"{uri.rstrip('/')}/{JSON_NAME}{mark}{options}"
+        return Path(directory) / JSON_NAME
+
+    def write(self, storage: Storage, folder: str) -> None:
+        """Writes the policy to any storage.
+
+        Args:
+            storage: where.
+            folder: on it; a policy in it is replaced.
+
+        Raises:
+            StorageError: it cannot be written.
         """
         tensors = {**self.weights, **_moments_by_name(self.source_moments)}
         weights = save_tensors(
@@ -186,11 +206,8 @@ class Policy:
         # the digest in the file is of what is read back: JSON has lists for tuples
         content = json.loads(json.dumps(content, allow_nan=False))
         text = json.dumps({**content, "sha256": digest(content)}, indent=1) + "\n"
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / WEIGHTS_NAME, weights)
-        _write(folder / JSON_NAME, text.encode())
-        return folder / JSON_NAME
+        storage.write_bytes(f"{folder}/{WEIGHTS_NAME}", weights)
+        storage.write_bytes(f"{folder}/{JSON_NAME}", text.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Policy":
@@ -344,13 +361,6 @@ def _read_json(files: _Files) -> dict[str, Any]:
     if content.get("kind") not in KINDS:
         raise unknown_name("kind of policy", str(content.get("kind")), KINDS)
     return content
-
-
-def _write(file: Path, data: bytes) -> None:
-    # a reader sees the old file or the new one, never a part
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    part.replace(file)
 
 
 def _check_equal(what: str, own: list[str], given: list[str]) -> None:

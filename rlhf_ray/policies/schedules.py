@@ -80,15 +80,20 @@ def decisions(spec: ProcessSpec, schedule: Schedule) -> tuple[tuple[int, ...], .
     there is no `skip`; behind the end all stop. So a switch is decided on, and paid for, when what
     came before it is known.
     """
-    names = [type(operation) for operation in spec.operations]
     n_levels = spec.n_levels
+    place = {
+        kind: i
+        for i, operation in enumerate(spec.operations)
+        for kind in (Stop, Skip)
+        if isinstance(operation, kind)
+    }
 
     def action(done: int, level: int) -> int:
         move = schedule[done] if done < len(schedule) else None
-        if move is None or (move.level != level and Skip not in names):
-            return names.index(Stop) * n_levels + level
+        if move is None or (move.level != level and Skip not in place):
+            return place[Stop] * n_levels + level
         if move.level != level:
-            return names.index(Skip) * n_levels + move.level
+            return place[Skip] * n_levels + move.level
         return spec.operations.index(move.operation) * n_levels + level
 
     done_H = range(spec.settings.horizon)

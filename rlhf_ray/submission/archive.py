@@ -16,9 +16,11 @@ from pathlib import Path
 
 from rlhf_ray.commands import command_line
 from rlhf_ray.errors import InputError, StorageError
-from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.storage import Storage, is_plain, open_storage
 
-_STAYS = re.compile(r".*\.(pkl|pickle|pt|pth|ckpt|npy)|(.*/)?(lock\.json|\.[^/]*)", re.IGNORECASE)
+_STAYS = re.compile(
+    r".*\.(pkl|pickle|pt|pth|ckpt|npy)|(.*/)?(lock\.json|\..*)", re.IGNORECASE | re.DOTALL
+)
 """Names of files that are not fetched, and never accepted: pickles, and what is of no use here."""
 
 _LINE = 12_000
@@ -58,7 +60,7 @@ def write_sweep(folder: Path, files: dict[str, bytes]) -> None:
     root = folder.resolve()
     for name in files:
         target = (root / name).resolve()
-        out = "\\" in name or not target.is_relative_to(root) or target == root
+        out = not is_plain(name) or not target.is_relative_to(root)  # links may lead out
         if out or _STAYS.fullmatch(name):
             raise InputError(
                 "a fetched file must lie in its folder and be no pickle, got "
@@ -102,9 +104,12 @@ def from_text(text: str, limit_bytes: int) -> dict[str, bytes]:
         data = b""
     if not (begins and ends) or hashlib.sha256(data).hexdigest() != digest.strip():
         raise StorageError("what is fetched must arrive whole, got a cut archive. Fetch again.")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        _check_size(sum(info.file_size for info in archive.infolist()), limit_bytes)
-        return {info.filename: _unpacked(archive, info) for info in archive.infolist()}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_size(sum(info.file_size for info in archive.infolist()), limit_bytes)
+            return {info.filename: _unpacked(archive, info) for info in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise StorageError(f"what is fetched must be an archive, got none ({error}).") from error
 
 
 def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -64,7 +64,7 @@ def stage(
     files = {Path("rlhf_ray") / name: package / name for name in _files(package, ())}
     own, elsewhere = _suite_path(suite, here)
     for path in ([own] if own else []) + [_included(name, here) for name in include]:
-        found = _files(path, leave_out) if path.is_dir() else [Path()]
+        found = _files(path, leave_out, within=here) if path.is_dir() else [Path()]
         files |= {path.relative_to(here) / name: path / name for name in found}
     _check_size(files, limit_bytes)
     for name, source in files.items():
@@ -100,14 +100,27 @@ def public(number: str) -> str:
     return number.partition("+")[0]
 
 
-def _files(folder: Path, leave_out: Sequence[Path]) -> Iterator[Path]:
-    """Files below a folder, relative to it; links to folders are not followed."""
+def _files(
+    folder: Path, leave_out: Sequence[Path], *, within: Path | None = None
+) -> Iterator[Path]:
+    """Files below a folder, relative to it; links to folders are not followed.
+
+    Raises:
+        InputError: a link to a file that is not there, or not `within` a folder.
+    """
     for at, folders, names in os.walk(folder):
         kept = [name for name in folders if not _LEFT_OUT.fullmatch(name)]
         folders[:] = sorted(name for name in kept if (Path(at) / name).resolve() not in leave_out)
         for name in sorted(names):
-            if not _LEFT_OUT.fullmatch(name):
-                yield (Path(at) / name).relative_to(folder)
+            file = Path(at) / name
+            if _LEFT_OUT.fullmatch(name):
+                continue
+            if not file.exists() or (within and not file.resolve().is_relative_to(within)):
+                raise InputError(
+                    "links must lead to files in the current folder, got "
+                    f"{str(file)!r}, which leads to {str(file.resolve())!r}. Copy the file there."
+                )
+            yield file.relative_to(folder)
 
 
 def _suite_path(suite: str | None, here: Path) -> tuple[Path | None, str | None]:
@@ -115,8 +128,10 @@ def _suite_path(suite: str | None, here: Path) -> tuple[Path | None, str | None]
     if suite is None or ":" not in suite:
         return None, None
     top = suite.partition(":")[0].partition(".")[0]
-    for path in (here / top, here / f"{top}.py"):
-        if top.isidentifier() and path.exists():
+    # as Python looks: a package, a module, and last a folder without an __init__.py
+    places = ("__init__.py", here / top), ("", here / f"{top}.py"), ("", here / top)
+    for within, path in places:
+        if top.isidentifier() and (path / within).exists():
             return path, None
     if not top.isidentifier() or importlib.util.find_spec(top) is None:
         raise InputError(

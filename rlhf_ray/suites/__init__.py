@@ -19,7 +19,7 @@ from rlhf_ray.suites.pretrain import pretrained_cnn
 from rlhf_ray.suites.seed import DEFAULTS as SEED_DEFAULTS
 from rlhf_ray.suites.seed import mnist_seed_suite
 from rlhf_ray.suites.shifts import N_GROUPS
-from rlhf_ray.tasks import SPLITS, Suite
+from rlhf_ray.tasks import SPLITS, Suite, Task
 
 __all__ = ["SUITES", "load_suite"]
 
@@ -106,18 +106,18 @@ def load_suite(
     model = pretrained_cnn(
         source, pools.pretrain, seed=seed, storage_path=storage_path, progress=progress
     )
-    tasks = {
-        # nothing is reported on train tasks by default: smaller test splits keep many of them cheap
-        role: make_tasks(
+    tasks: dict[str, tuple[Task, ...]] = {}
+    for role, number in n_tasks.items():
+        tasks[role] = make_tasks(
             role,
             number,
             pools=pools,
             seed=seed,
             fold=fold,
+            # nothing is reported on train tasks by default: smaller test splits keep many cheap
             sizes=SplitSizes(test=256 if role == "train" else 1000),
+            names=[task.name for made in tasks.values() for task in made],
         )
-        for role, number in n_tasks.items()
-    }
     return Suite(
         name=f"{name}-fold{fold}" if fold else name,
         model=model,

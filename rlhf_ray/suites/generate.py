@@ -3,6 +3,7 @@
 A task follows from (seed, role, index) alone: asking for more tasks leaves the first as they are.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,14 @@ class SplitSizes:
 
 
 def make_tasks(
-    role: str, n_tasks: int, *, pools: Pools, seed: int, fold: int = 0, sizes: SplitSizes
+    role: str,
+    n_tasks: int,
+    *,
+    pools: Pools,
+    seed: int,
+    fold: int = 0,
+    sizes: SplitSizes,
+    names: Collection[str] = (),
 ) -> tuple[Task, ...]:
     """The first `n_tasks` tasks of a role.
 
@@ -43,12 +51,13 @@ def make_tasks(
         seed: of all draws.
         fold: 0, 1 or 2; rotates which families are the test tasks'.
         sizes: examples per split.
+        names: that other roles' tasks have.
 
     Returns:
         Tasks named for their shifts, `noise-0.62` or `shear-0.81+swap-0.47` (severities).
     """
     tasks: list[Task] = []
-    taken: set[str] = set()
+    taken = set(names)
     for index in range(n_tasks):
         rng = Generator().manual_seed(derive_seed("task", seed, role, index))
         shifts = [(family, _severity(rng)) for family in _families(role, index, fold, seed)]

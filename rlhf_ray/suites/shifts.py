@@ -1,8 +1,9 @@
 """The families of shifts: what can have happened to the inputs or the labels of a task.
 
-Every function takes a severity in [0, 1] (0: next to nothing, 1: most) and a generator that it
-draws from in a fixed order: first what holds for the whole task (a direction, a mask), then what
-differs from image to image. N images x of shape (N, 1, 28, 28) in [0, 1] stay in that range.
+Every function takes a severity in [0, 1] (the more, the stronger; 0 may change something, too) and
+a generator that it draws from in a fixed order: first what holds for the whole task (a direction,
+a mask), then what differs from image to image. N images x of shape (N, 1, 28, 28) in [0, 1] stay in
+that range.
 """
 
 import math

@@ -1,12 +1,11 @@
 """Which trials a sweep has, before any of them runs. No Ray."""
 
 import itertools
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_ray.config import SWEPT, SearchConfig
+from rlhf_ray.config import SWEPT, SearchConfig, default_of
 from rlhf_ray.digests import derive_seed, digest
 
 TrialConfig = dict[str, float]
@@ -52,8 +51,7 @@ def plan_trials(config: SearchConfig) -> list[PlannedTrial]:
 
 
 def _all_default(config: SearchConfig) -> bool:
-    defaults: dict[str, Any] = {f.name: f.default for f in fields(SearchConfig)}
-    return all(getattr(config, name) == defaults[name] for name in SWEPT)
+    return all(getattr(config, name) == default_of(name) for name in SWEPT)
 
 
 def _n_high(point: tuple[float, ...], values: list[tuple[float, ...]]) -> int:

@@ -4,7 +4,6 @@ Under the storage path, per sweep: `sweep.json` (what was asked for, and its sta
 trial with `trial.json` and the policy, `baselines.json`, `summary.json`, and the best policy.
 """
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from rlhf_ray.errors import InputError, unknown_name
 from rlhf_ray.evaluation.judging import front
 from rlhf_ray.evaluation.statistics import FIGURES
 from rlhf_ray.policies.policy import BEST_POLICY as BEST_POLICY  # a name of the layout above
-from rlhf_ray.policies.policy import JSON_NAME, WEIGHTS_NAME, Policy
+from rlhf_ray.policies.policy import Policy
 from rlhf_ray.storage import Storage, open_storage, parent_of
 from rlhf_ray.sweep.driver_lock import driver_died
 
@@ -39,14 +38,6 @@ TABLE_COLUMNS = (
 def trial_folder(sweep: str, trial: str) -> str:
     """Where a trial's files lie on the storage."""
     return f"{sweep}/trials/{trial}"
-
-
-def write_policy(storage: Storage, folder: str, policy: Policy) -> None:
-    """Saves a policy on any storage."""
-    with tempfile.TemporaryDirectory() as scratch:
-        policy.save(scratch)
-        for name in (WEIGHTS_NAME, JSON_NAME):
-            storage.write_bytes(f"{folder}/{name}", (Path(scratch) / name).read_bytes())
 
 
 class SearchResult:

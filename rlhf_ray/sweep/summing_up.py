@@ -8,7 +8,7 @@ from rlhf_ray.evaluation.statistics import against, rows, summarise
 from rlhf_ray.policies.finetuning import METHOD
 from rlhf_ray.policies.schedules import as_json
 from rlhf_ray.progress import Progress
-from rlhf_ray.sweep.results import BASELINES_FILE, BEST_POLICY, SearchResult, write_policy
+from rlhf_ray.sweep.results import BASELINES_FILE, BEST_POLICY, SearchResult
 from rlhf_ray.sweep.scheduling import schedule_tally
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.tasks import Suite
@@ -40,7 +40,7 @@ def sum_up(
     test_tasks = [task.name for task in suite.test_tasks]
     best = next(trial for trial in result.trials if trial["name"] == result.best_trial)
     policy = result.best_policy
-    write_policy(context.storage, f"{context.sweep}/{BEST_POLICY}", policy)
+    policy.write(context.storage, f"{context.sweep}/{BEST_POLICY}")
     trials = [trial for trial in result.trials if trial["status"] == "done"]
     searched = Tally.total(
         [

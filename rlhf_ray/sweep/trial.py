@@ -36,7 +36,7 @@ from rlhf_ray.sweep.experience import (
     played_episode,
     write_episodes,
 )
-from rlhf_ray.sweep.results import trial_folder, write_policy
+from rlhf_ray.sweep.results import trial_folder
 from rlhf_ray.sweep.trial_settings import algorithm_settings, own_utility, process_record
 from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.tally import TalliedStages, Tally
@@ -212,7 +212,7 @@ class HandoverTrial(tune.Trainable):
         )
         judged = summary_of(runs)
         folder = trial_folder(context.sweep, self._name)
-        write_policy(context.storage, f"{folder}/policy", policy)
+        policy.write(context.storage, f"{folder}/policy")
         if self._experience is not None:
             write_episodes(context.storage, context.sweep, self._name, self._played)
         record = self._record(judged, runs) | {

@@ -49,6 +49,14 @@ def test_a_start_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         run_baselines(small_suite(), config=config(tmp_path))
 
 
+@pytest.mark.parametrize("tasks", [[], ["x", "x"]])
+def test_tasks_are_distinct_and_at_least_one(tmp_path: Path, tasks: list[str]) -> None:
+    suite = small_suite()
+    tasks = [suite.test_tasks[0].name for _ in tasks]
+    with pytest.raises(InputError, match="tasks must be distinct, at least one"):
+        run_baselines(suite, tasks=tasks, config=config(tmp_path))
+
+
 def test_metrics_of_two_directions_are_refused(tmp_path: Path) -> None:
     suite = small_suite()
     lower = Metric(name="loss", function=F.cross_entropy, higher_is_better=False)

@@ -229,6 +229,11 @@ def test_policy_may_be_a_path(tmp_path: Path, active: Policy) -> None:
         run(tmp_path / "none")
 
 
+def test_a_policy_without_its_process_is_refused(active: Policy) -> None:
+    with pytest.raises(InputError, match="policy must know the process that it decides in"):
+        run(replace(active, metadata={}))
+
+
 def test_arguments_of_another_kind_are_refused(active: Policy) -> None:
     model = small_suite().model
     with pytest.raises(InputError, match=r"task must be a rlhf_ray\.Task, got a Policy"):

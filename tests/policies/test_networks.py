@@ -82,6 +82,9 @@ def test_masked_values_are_never_the_largest():
         ({"controller": "one"}, "controller must be 'levels' or 'single', got 'one'"),
         ({"controller": "single", "encoder": "separate"}, "encoder must be 'shared' for a single"),
         ({"pessimism": -1.0}, "pessimism must be finite"),
+        ({"assurance": float("nan")}, "assurance must be finite"),
+        ({"least_tried": -1}, "least_tried must be finite and >= 0"),
+        ({"schedule": ((0, 4),)}, r"schedule must hold actions in \[0, 3\]"),
     ],
 )
 def test_settings_refuse_what_cannot_be(change, match):

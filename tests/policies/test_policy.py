@@ -57,6 +57,14 @@ def test_act_never_takes_a_masked_action():
         assert policy.act(0, np.ones(3, np.float32), np.eye(4, dtype=np.int8)[action]) == action
 
 
+def test_policies_are_saved_on_any_storage(tmp_path):
+    policy = make_policy()
+    path = policy.save(f"{tmp_path.as_uri()}/best")
+    assert path == f"{tmp_path.as_uri()}/best/{JSON_NAME}"
+    for given in (path, tmp_path / "best"):
+        assert replace(Policy.load(given), weights=policy.weights) == policy
+
+
 def test_save_replaces_a_policy(tmp_path):
     make_policy().save(tmp_path)
     make_policy(encoder="separate").save(tmp_path)

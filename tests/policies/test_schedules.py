@@ -7,7 +7,7 @@ import torch
 from synthetic import SyntheticStages, spec_of
 
 from rlhf_ray.evaluation.rollouts import play
-from rlhf_ray.operations import Align, Fit, Stop, default_operations
+from rlhf_ray.operations import Align, Fit, Skip, Stop, default_operations
 from rlhf_ray.policies.networks import UNTRIED, LevelQNetworks, NetworkSettings, decided
 from rlhf_ray.policies.policy import Policy
 from rlhf_ray.policies.schedules import Move, as_json, decisions, from_json, moves, path_of, placed
@@ -55,6 +55,19 @@ def test_a_process_that_follows_the_decisions_carries_the_schedule_out(schedule:
     assert episode.state.switches == sum(distances)
     # whoever decides on a hand-over knows what the stage before it gave
     assert all(step.switch_cost == 0 for step in episode.steps if step.levels)
+
+
+def test_decisions_know_stop_and_skip_of_kinds_of_their_own() -> None:
+    class Rest(Stop):
+        pass
+
+    class Pass(Skip):
+        pass
+
+    own = {Stop: Rest(), Skip: Pass()}
+    operations = [own.get(type(operation), operation) for operation in OPERATIONS]
+    spec = spec_of(3, horizon=4, operations=operations)
+    assert decisions(spec, SCHEDULE) == decisions(SPEC, SCHEDULE)
 
 
 def test_stages_are_asked_for_where_it_takes_the_fewest_switches() -> None:

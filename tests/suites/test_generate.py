@@ -99,6 +99,16 @@ def test_names_stay_unique_where_severities_repeat(pools: Pools) -> None:
     assert any(name.endswith("-2") for name in names)
 
 
+def test_names_of_other_roles_are_not_taken_again(pools: Pools) -> None:
+    sizes = SplitSizes(train=2, val=2, test=2)
+    train = [t.name for t in make_tasks("train", 24, pools=pools, seed=6, sizes=sizes)]
+    val = make_tasks("val", 6, pools=pools, seed=6, sizes=sizes)
+    assert {t.name for t in val} & set(train) == {"pixelate-0.47"}
+    apart = make_tasks("val", 6, pools=pools, seed=6, sizes=sizes, names=train)
+    assert {t.name for t in apart} - {t.name for t in val} == {"pixelate-0.47-2"}
+    assert [t.digest for t in apart] == [t.digest for t in val]
+
+
 def test_another_seed_draws_other_tasks(pools: Pools) -> None:
     digests = [
         {task.digest for task in make_tasks("test", 8, pools=pools, seed=seed, sizes=SIZES)}
