@@ -230,7 +230,7 @@ def test_flags_reach_the_search(sweep):
     arguments = (
         "--gamma 0.5 --epsilon 0.1 0.3 --replay-only --num-workers 3 --prefill 2 "
         "--baselines lp_ft level:head --budget=2.5 --name mine --fresh --max-minutes 4 "
-        '--concurrent_trials auto --rllib lr=0.0005 train_batch_size=64 note=a=b m={"x":[1]}'
+        "--concurrent_trials auto --rllib grad_clip=0.5 td_error_loss_fn=mse"
     )
     assert run_main(sweep, *arguments.split()) == 0
     assert sweep.called["fresh"]
@@ -245,7 +245,7 @@ def test_flags_reach_the_search(sweep):
         baselines=("lp_ft", "level:head"),
         budget=2.5,
         name="mine",
-        rllib={"lr": 0.0005, "train_batch_size": 64, "note": "a=b", "m": {"x": [1]}},
+        rllib={"grad_clip": 0.5, "td_error_loss_fn": "mse"},
     )
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_ray.errors import InputError, unknown_name
+from rlhf_ray.errors import InputError
 
 
 def is_number(value: Any) -> bool:
@@ -49,11 +49,11 @@ def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> None:
     """Raises InputError unless RLlib settings are ones that an algorithm reads, in their range."""
     read = READ[algorithm]
     for name, value in overrides.items():
-        if not read:
-            raise InputError(f"{algorithm} must come without RLlib settings, got {name!r}. It "
-                             "reads none.")  # fmt: skip
         if name not in read:
-            raise unknown_name(f"RLlib setting that {algorithm} reads", name, read)
+            valid = f"Valid: {', '.join(read)}." if read else "It reads none."
+            raise InputError(
+                f"RLlib settings must be ones that {algorithm} reads, got {name!r}. {valid}"
+            )
         requirement, holds = read[name]
         if not holds(value):
             raise InputError(f"{name} must be {requirement}, got {name}={value!r}.")

@@ -515,9 +515,9 @@ def test_an_error_of_the_environment_reaches_the_caller(local_ray):
         ({"name": "dqm"}, "algorithm must be one that exists.*Did you mean 'dqn'"),
         (
             {"overrides": {"grad_clop": 1.0}},
-            "that dqn reads .*Did you mean 'grad_clip'",
+            "that dqn reads, got 'grad_clop'. Valid: grad_clip",
         ),
-        ({"overrides": {"n_step": 3}}, "RLlib setting that dqn reads must be one"),
+        ({"overrides": {"n_step": 3}}, "ones that dqn reads, got 'n_step'"),
         ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got gamma=1.1"),
         ({"n_episodes": 0}, "n_episodes must be at least 1"),
         ({"tau": 0.0}, r"tau must be in \(0, 1\]"),

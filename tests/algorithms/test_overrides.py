@@ -31,10 +31,15 @@ def test_settings_in_their_range_are_taken() -> None:
         ("dqn", "grad_clip", -1, "grad_clip must be a number > 0 or None"),
         ("dqn", "td_error_loss_fn", "hubr", "td_error_loss_fn must be 'huber' or 'mse'"),
         # RLlib's, but not read here: without effect, or at odds with what is set
-        ("dqn", "explore", False, "RLlib setting that dqn reads must be one that exists"),
+        ("dqn", "explore", False, "RLlib settings must be ones that dqn reads, got 'explore'"),
         ("dqn", "gamma", 0.9, "Valid: grad_clip, td_error_loss_fn"),
-        ("ppo", "evaluation_interval", 1, "RLlib setting that ppo reads"),
-        ("q-learning", "grad_clip", 1.0, "q-learning must come without RLlib settings"),
+        ("ppo", "evaluation_interval", 1, "must be ones that ppo reads"),
+        (
+            "q-learning",
+            "grad_clip",
+            1.0,
+            "that q-learning reads, got 'grad_clip'. It reads none",
+        ),
     ],
 )
 def test_others_are_refused(algorithm: str, name: str, value: object, match: str) -> None:
