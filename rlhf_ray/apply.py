@@ -138,7 +138,8 @@ def _show(
     terminal.say(
         f"val {metric} {tuned.start_metric:.3f} -> {tuned.val_metric:.3f}{part}, "
         f"test {metric} {tuned.start_test_metric:.3f} -> {tuned.test_metric:.3f}, "
-        f"cost {tuned.cost:.2f} {unit}, {tuned.switches} switches"
+        f"cost {tuned.cost:.2f} {unit}, {tuned.switches} "
+        + ("switch" if tuned.switches == 1 else "switches")
         + (f"; searching off this way took {tuned.search_cost:.2f}" if tuned.search_cost else "")
     )
     for line in tuned.failures:

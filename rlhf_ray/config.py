@@ -103,7 +103,7 @@ class SearchConfig:
         weights_gb: bound on the weights kept under the storage path, GB, > 0.
         storage_path: where everything durable goes: a folder or a URI that pyarrow.fs opens.
         name: of the sweep's folder; None: made from suite and configuration.
-        address: of a running Ray cluster; None: one that is running here, or a local one.
+        address: of a running Ray cluster; None: RAY_ADDRESS says which, else a local one starts.
         dashboard: switch Ray's dashboard on, on 127.0.0.1, where a local Ray is started.
         num_workers: actors that carry out stages, >= 1; "auto": one per core, or as many as
             share the GPUs.

@@ -192,9 +192,11 @@ def _dry_run(
     terminal.message("timing each operation")
     planned = plan(suite, config, fresh=options.fresh, timed=True)
     _show_header(terminal, suite, config, planned)
+    for line in planned.remarks:
+        terminal.message(line)
     terminal.message(_prospect(planned, config, fresh=options.fresh))
     for trial in planned.trials:
-        terminal.message("  " + ", ".join(f"{name} {value}" for name, value in trial.items()))
+        terminal.message("  " + ", ".join(f"{name} {value:.4g}" for name, value in trial.items()))
     terminal.message("Nothing was run and nothing written.")
     highest, carried_out = planned.n_stages_estimate
     return {

@@ -4,7 +4,9 @@ import functools
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,9 @@ from rlhf_ray.tree.workers import start_workers
 TRIAL_CPUS = 0.5
 """What Ray reserves for a trial: it waits for stages most of the time."""
 
+ANSWER_S = 10.0
+"""How long a cluster's port may take to answer."""
+
 PATIENCE_S = 600.0
 """How long a sweep waits for a node with room for a worker: one that starts may take minutes."""
 
@@ -49,6 +54,20 @@ def concurrent_trials(config: SearchConfig) -> int:
     if config.concurrent_trials != "auto":
         return config.concurrent_trials
     return max(1, min(4, n_cores()))
+
+
+def check_answers(address: str | None) -> None:
+    """Raises InputError if nothing listens at HOST:PORT, where Ray would ask for a quarter hour."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+?)\]?:(\d{1,5})", address or "")
+    if found is None or ray.is_initialized():
+        return  # auto, local, ...: Ray's own words
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"a Ray cluster must answer at the address, got address={address!r}: {error}. Is it "
+            "the port of its head (6379, if it was not chosen), and reachable from here?"
+        ) from error
 
 
 @contextmanager

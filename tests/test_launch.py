@@ -42,6 +42,7 @@ class FakeSweep:
             trials=[{"gamma": 0.9}, {"gamma": 0.99}],
             n_stages_estimate=(3840, 400),
             seconds_estimate=self.seconds if timed else None,
+            remarks=["without align: align needs source data"],
         )
 
     def search(self, suite, config, *, fresh, max_minutes, progress):
@@ -411,6 +412,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, sweep, capsys):
     out = " ".join(lines)
     assert "At most 3,840 stages to learn, about 400 of them distinct; about 1 min 15 s" in out
     assert "  gamma 0.99" in out
+    assert "without align: align needs source data" in lines
     assert (sweep.n_searches, list(tmp_path.iterdir())) == (0, [])
     assert run_main(sweep, "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)

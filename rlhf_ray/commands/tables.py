@@ -177,7 +177,22 @@ def comparison(
         f"On the test tasks the policy reaches {printable(metric)} {own['metric_mean']:.3f} "
         f"at cost {own['cost_mean']:.2f}"
     )
-    return f"{begin}: {', '.join(against)}." if against else f"{begin}."
+    said = f"{begin}: {', '.join(against)}." if against else f"{begin}."
+    return said + _ahead(methods, points=in_points(metric, higher_is_better=higher_is_better))
+
+
+def _ahead(methods: Mapping[str, Mapping[str, float]], *, points: bool) -> str:
+    """A sentence where a method has more utility than the policy; else ""."""
+    by_utility = {name: m["utility_mean"] for name, m in methods.items() if "utility_mean" in m}
+    best = max(by_utility, key=lambda name: by_utility[name], default="policy")
+    lead = by_utility[best] - by_utility["policy"] if best != "policy" else 0.0
+    if lead <= 0:
+        return ""
+    amount = f"{100 * lead:.1f} hundredths" if points else f"{lead:.3g}"
+    return (
+        f" By utility {printable(best)} is ahead of it, by {amount}: take that, or search with "
+        "more tasks, episodes or operations."
+    )
 
 
 def in_points(metric: str, *, higher_is_better: bool) -> bool:

@@ -61,6 +61,15 @@ def against_the_flow(suite: Suite) -> str:
     return ""
 
 
+def in_no_level(suite: Suite) -> str:
+    """A line about parameters in no level, which stay as they are; "" if there are none."""
+    names = split_levels(suite.model, suite.levels).unassigned
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"parameters in no level are never trained: {len(names)} ({shown})"
+
+
 def supported(
     suite: Suite, operations: Sequence[Operation], *, asked: Sequence[str] = ()
 ) -> tuple[tuple[Operation, ...], list[str]]:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class FineTuned:
         failures: a line per stage that failed: it counts as one that diverged, at no cost.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     start_metric: float
     val_metric: float
     test_metric: float
@@ -58,8 +58,8 @@ class FineTuned:
     search_cost: float
     stages: int
     switches: int
-    trace: tuple[Mapping[str, Any], ...]
-    run: Run
+    trace: tuple[Mapping[str, Any], ...] = field(repr=False)
+    run: Run = field(repr=False)
     failures: tuple[str, ...] = ()
 
 

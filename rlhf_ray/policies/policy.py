@@ -69,9 +69,9 @@ class Policy:
     features: tuple[str, ...]
     operations: tuple[Mapping[str, Any], ...]
     network: NetworkSettings | None
-    weights: Mapping[str, Tensor]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    source_moments: SourceMoments | None = None
+    weights: Mapping[str, Tensor] = field(repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    source_moments: SourceMoments | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         sizes = (len(self.levels), len(self.features), len(self.operations) * len(self.levels))

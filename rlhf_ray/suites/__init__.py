@@ -92,6 +92,11 @@ def load_suite(
     if ":" in name:
         return _own_suite(name)
     if name not in SUITES:
+        if Path(f"{name.removesuffix('.py').replace('.', '/')}.py").is_file():
+            raise InputError(
+                "a suite of your own must be named package.module:function, got "
+                f"{name!r}. Write {name.removesuffix('.py')}:FUNCTION."
+            )
         raise unknown_name("suite", name, SUITES)
     check_whole("seed", seed, at_least=0)
     if name == "mnist-seed":
@@ -146,6 +151,11 @@ def _own_function(name: str) -> Callable[[], Any]:
     if not module_name or module_name.startswith(".") or not function_name.isidentifier():
         raise InputError(
             f"a suite of your own must be named package.module:function, got {name!r}."
+        )
+    if module_name.endswith(".py"):
+        raise InputError(
+            "a suite's module must be named as in an import, got "
+            f"{name!r}. Write {module_name[:-3].replace('/', '.')}:{function_name}."
         )
     if os.getcwd() not in sys.path:  # a console script does not put it there, `python -m` does
         sys.path.insert(0, os.getcwd())

@@ -64,6 +64,9 @@ class SearchResult:
             _trial(storage, name, planned) for planned in sweep["trials"]
         ]
 
+    def __repr__(self) -> str:
+        return f"SearchResult({self.directory!r}, {self.state}, {len(self.trials)} trials)"
+
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":
         """Reads a sweep's folder: `<storage path>/<name>`, a local path or a URI."""

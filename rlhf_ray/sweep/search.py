@@ -11,27 +11,33 @@ import torch
 
 from rlhf_ray.algorithms import check_overrides
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
-from rlhf_ray.digests import digest, source_digest
-from rlhf_ray.engine.stages import Engine, suite_identity
-from rlhf_ray.engine.support import against_the_flow, supported
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.engine.support import against_the_flow, in_no_level, supported
 from rlhf_ray.env import EpisodePlan
 from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.evaluation.baselines import baselines_for
 from rlhf_ray.evaluation.comparing import check_kinds, common_metric
 from rlhf_ray.evaluation.exhaustive import distinct_steps, prefill
 from rlhf_ray.evaluation.scheduling import candidate_moves, most_walks
-from rlhf_ray.operations import Operation, operation_as_json
+from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.finetuning import process_spec
 from rlhf_ray.policies.schedules import moves
 from rlhf_ray.process import check_operations
 from rlhf_ray.progress import NO_PROGRESS, Progress
-from rlhf_ray.provenance import git_revision, library_versions
-from rlhf_ray.ray_session import n_cores, running_ray, stage_workers
+from rlhf_ray.ray_session import check_answers, n_cores, running_ray, stage_workers
 from rlhf_ray.report.live import LivePage, tell_last
 from rlhf_ray.storage import Storage, open_storage
-from rlhf_ray.sweep.driver_lock import LOCK_FILE, driver_lock
-from rlhf_ray.sweep.plan import PlannedTrial, plan_trials
+from rlhf_ray.sweep.driver_lock import driver_lock
+from rlhf_ray.sweep.plan import plan_trials
+from rlhf_ray.sweep.record import (
+    Ground,
+    check_same_sweep,
+    forget,
+    record_sweep,
+    set_state,
+    sweep_identity,
+)
 from rlhf_ray.sweep.results import (
     SUMMARY_FILE,
     SWEEP_FILE,
@@ -42,7 +48,7 @@ from rlhf_ray.sweep.summing_up import sum_up
 from rlhf_ray.sweep.time_limit import StagesUntil, TimeIsUpError
 from rlhf_ray.sweep.trial import TrialContext
 from rlhf_ray.sweep.tuning import run_trials
-from rlhf_ray.tasks import SPLITS, Metric, Suite
+from rlhf_ray.tasks import Suite
 from rlhf_ray.trackers import check_extras
 from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.stage_tree import LocalStages
@@ -83,11 +89,13 @@ def search(
     check_kinds(suite, config)
     config = with_defaults(config or SearchConfig(), suite.defaults)
     ground = prepare(suite, config, operations)
+    check_answers(config.cluster)
     storage = open_storage(config.storage_path, check=True)
     with driver_lock(storage, ground.name):
         if fresh:
-            _forget(storage, ground.name)
-        _record_sweep(storage, ground)
+            forget(storage, ground.name)
+        if almost := record_sweep(storage, ground):
+            progress.message(almost)
         result = SearchResult(storage, ground.name)
         if _complete(result, ground):
             return result
@@ -96,36 +104,11 @@ def search(
         except BaseException as error:
             with suppress(StorageError):  # the error that ends the sweep is the one to tell
                 failed = isinstance(error, Exception)
-                _set_state(storage, ground.name, "failed" if failed else "interrupted")
+                set_state(storage, ground.name, "failed" if failed else "interrupted")
             raise
         finally:
             LivePage(storage, ground.name, progress).write()
     return SearchResult(storage, ground.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ground:
-    """All that is settled about a sweep before Ray starts.
-
-    Attributes:
-        suite: checked.
-        config: with the suite's own defaults.
-        name: of the sweep's folder.
-        identity: digest of suite, configuration and operations.
-        trials: planned.
-        operations: of the process.
-        left_out: lines about those that the suite has not what they need for.
-        metric: of the suite's tasks; they agree on its direction.
-    """
-
-    suite: Suite
-    config: SearchConfig
-    name: str
-    identity: str
-    trials: list[PlannedTrial]
-    operations: tuple[Operation, ...]
-    left_out: list[str]
-    metric: Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +126,7 @@ class SearchPlan:
             most, and how many of them may have to be carried out: the distinct ones, all where
             nothing is shared, none where the tree is only replayed.
         seconds_estimate: of those carried out on this machine's cores; None: not measured.
+        remarks: lines on what the suite does not allow, or that is seldom meant.
     """
 
     name: str
@@ -153,6 +137,7 @@ class SearchPlan:
     trials: list[dict[str, float]]
     n_stages_estimate: tuple[int, int]
     seconds_estimate: float | None
+    remarks: list[str]
 
 
 def _complete(result: SearchResult, ground: Ground) -> bool:
@@ -189,7 +174,7 @@ def plan(
     there = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
     earlier = SearchResult(storage, ground.name) if isinstance(there, dict) else None
     if earlier and not fresh:
-        _check_same_sweep(earlier.sweep, ground)
+        check_same_sweep(earlier.sweep, ground)
         timed = timed and not earlier.finished
     highest, carried_out = _stages_estimate(ground)
     per_stage_s = _seconds_per_stage(ground) if timed and carried_out else 0.0
@@ -202,6 +187,7 @@ def plan(
         trials=[trial.values for trial in ground.trials],
         n_stages_estimate=(highest, carried_out),
         seconds_estimate=carried_out * per_stage_s if timed else None,
+        remarks=ground.remarks,
     )
 
 
@@ -280,7 +266,7 @@ def prepare(
     if not moves(chosen, len(suite.levels)):
         names = [operation.name for operation in chosen]
         raise InputError(f"operations must hold one that changes the model, got {names}.")
-    identity = _identity(suite, config, chosen)
+    identity = sweep_identity(suite, config, chosen)
     return Ground(
         suite=suite,
         config=config,
@@ -288,95 +274,9 @@ def prepare(
         identity=identity,
         trials=plan_trials(config),
         operations=chosen,
-        left_out=left_out,
+        remarks=[line for line in (*left_out, against_the_flow(suite), in_no_level(suite)) if line],
         metric=metric,
     )
-
-
-def _identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation]) -> str:
-    identity = suite_identity(suite, config.engine_settings())
-    roles = [
-        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
-    ]
-    return digest(
-        config.digest(),
-        identity.model,
-        dict(identity.tasks),
-        identity.source,
-        roles,
-        [operation_as_json(operation) for operation in operations],
-        [source_digest(type(operation)) for operation in operations],
-    )
-
-
-def _forget(storage: Storage, name: str) -> None:
-    """Deletes all of a sweep but the lock, which this process holds.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    record, lock = f"{name}/{SWEEP_FILE}", f"{name}/{LOCK_FILE}"
-    folders = storage.folders(name)
-    if not storage.exists(record):
-        if folders or any(file != lock for file in storage.list(name)):
-            raise InputError(
-                f"fresh must be given for a sweep's folder, got {storage.shown_path(name)!r}, "
-                f"which holds other things and no {SWEEP_FILE}. Give another --name, or empty it."
-            )
-        return
-    for folder in folders:
-        storage.delete_prefix(f"{name}/{folder}")
-    for file in storage.list(name):
-        if file not in (record, lock):
-            storage.delete(file)
-    storage.delete(record)  # last: as long as anything is left, the folder is known for a sweep's
-
-
-def _record_sweep(storage: Storage, ground: Ground) -> None:
-    """Writes the sweep's record, or holds an earlier one of the name against this call."""
-    earlier = storage.read_json(f"{ground.name}/{SWEEP_FILE}")
-    if isinstance(earlier, dict):
-        _check_same_sweep(earlier, ground)
-        return
-    record = {
-        "name": ground.name,
-        "identity": ground.identity,
-        "state": "running",
-        "suite": ground.suite.name,
-        "levels": list(ground.suite.levels),
-        "metric": {
-            "name": ground.metric.name,
-            "higher_is_better": ground.metric.higher_is_better,
-        },
-        "tasks": {
-            role: [task.name for task in getattr(ground.suite, f"{role}_tasks")] for role in SPLITS
-        },
-        "operations": [operation_as_json(operation) for operation in ground.operations],
-        "trials": [{"name": trial.name, "values": trial.values} for trial in ground.trials],
-        "config": ground.config.as_json(),
-        "versions": library_versions(),
-        "git_revision": git_revision(),
-        "created": time.time(),
-    }
-    storage.write_json(f"{ground.name}/{SWEEP_FILE}", record)
-
-
-def _check_same_sweep(earlier: Mapping[str, Any], ground: Ground) -> None:
-    if earlier["identity"] != ground.identity:
-        before = earlier["config"]
-        others = [f"{name}={before.get(name)!r} (now {value!r})"
-                  for name, value in ground.config.that_count().items()
-                  if before.get(name) != value]  # fmt: skip
-        held = f"one of {', '.join(others)}" if others else "another suite, model, data or code"
-        raise InputError(
-            "a sweep's folder must belong to one suite and configuration, got "
-            f"name={ground.name!r}, which holds {held}. Give another --name, or --fresh."
-        )
-
-
-def _set_state(storage: Storage, name: str, state: str) -> None:
-    record = SearchResult(storage, name).sweep
-    storage.write_json(f"{name}/{SWEEP_FILE}", {**record, "state": state})
 
 
 def trial_context(
@@ -428,12 +328,11 @@ def _run(
     suite, config = ground.suite, ground.config
     left = any(trial["status"] != "done" for trial in SearchResult(storage, ground.name).trials)
     ends = began + 60 * max_minutes if max_minutes is not None and left else None
-    _set_state(storage, ground.name, "running")
+    set_state(storage, ground.name, "running")
     progress.phase("starting Ray and the workers")
     engine = Engine(suite, config.engine_settings(), carries_out=False)
-    for line in (*ground.left_out, against_the_flow(suite)):
-        if line:
-            progress.message(line)
+    for line in ground.remarks:
+        progress.message(line)
     if engine.plan.reason:
         progress.message(f"not everything can be cached: {engine.plan.reason}")
     with running_ray(config) as dashboard, stage_workers(suite, config, progress) as handle:
@@ -455,13 +354,13 @@ def _run(
                 )
             context = scheduled(context, progress, ends=ends)
         except TimeIsUpError:
-            _set_state(storage, ground.name, "interrupted")
+            set_state(storage, ground.name, "interrupted")
             return
         run_trials(context, ground.trials, handle, ends=ends, progress=progress)
         LivePage(storage, ground.name, progress).write()
         result = SearchResult(storage, ground.name)
         if any(trial["status"] == "waiting" for trial in result.trials):
-            _set_state(storage, ground.name, "interrupted")
+            set_state(storage, ground.name, "interrupted")
             return
         if len(result.failures) < len(result.trials):
             summary = sum_up(context, suite, result, stages, progress=progress)
@@ -469,4 +368,4 @@ def _run(
             storage.write_json(f"{ground.name}/{SUMMARY_FILE}", summary)
             with suppress(Exception):  # the tree's actor may be away: what was told last stands
                 tell_last(storage, ground.name, handle.stats())
-        _set_state(storage, ground.name, "failed" if result.failures else "finished")
+        set_state(storage, ground.name, "failed" if result.failures else "finished")

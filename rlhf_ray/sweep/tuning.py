@@ -194,6 +194,7 @@ class _Watcher(tune.Callback):
         self._episodes: dict[str, int] = {}
         self._logical: dict[str, int] = {}
         self._stats: dict[str, Any] = {}
+        self._told_of_failures = asked > 0  # where a schedule was tuned, its stages were told of
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks with the experiment; this one is never read back
@@ -242,6 +243,11 @@ class _Watcher(tune.Callback):
             stats = self._stats = self._handle.stats()
         except Exception:  # the tree's actor restarts: show what trials said meanwhile
             stats = self._stats if last else {}
+        failed = stats.get("failed", {})
+        if failed and not self._told_of_failures:
+            self._told_of_failures = True
+            why = next(iter(failed.values()))
+            self._progress.message(f"stages fail and count as diverged; the first: {why}")
         logical = self._asked + sum(list(self._logical.values()))
         done = self._before + sum(list(self._episodes.values()))
         self._metrics.show(stats)

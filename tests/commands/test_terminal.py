@@ -268,6 +268,21 @@ def test_differences_are_in_points_only_where_the_metric_is_an_accuracy():
     assert {"points", "hundredths;"} <= set(" ".join(lines).split())
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher", "amount"), [("accuracy", True, "1.0 hundredths"), ("rmse", False, "0.01")]
+)
+def test_comparison_says_who_is_ahead_of_the_policy(metric, higher, amount):
+    utilities = {"policy": 0.90, "full": 0.91, "random": 0.5}
+    figures = {
+        name: {"metric_mean": 0.9, "cost_mean": 1.0, "utility_mean": u}
+        for name, u in utilities.items()
+    }
+    said = tables.comparison(figures, metric=metric, higher_is_better=higher)
+    assert f"By utility full is ahead of it, by {amount}: take that" in said
+    figures["full"]["utility_mean"] = 0.90
+    assert "ahead" not in tables.comparison(figures, metric=metric, higher_is_better=higher)
+
+
 def test_comparison_without_baselines():
     assert tables.comparison({}, metric="accuracy").startswith("The policy was not compared")
     alone = tables.comparison(as_methods({"policy": (0.9, 0.5)}), metric="accuracy")

@@ -181,6 +181,8 @@ def test_own_suite_is_found_in_the_current_folder(own_module: str) -> None:
         ("own_suites:empty", "must have train tasks"),
         (":shifts", "package.module:function"),
         ("own_suites:", "package.module:function"),
+        ("own_suites.py:shifts", "Write own_suites:shifts"),
+        ("own_suites", "Write own_suites:FUNCTION"),
     ],
 )
 def test_own_suite_that_cannot_be_had_says_why(own_module: str, name: str, match: str) -> None:

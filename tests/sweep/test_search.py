@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from rlhf_ray.operations import Operation, Skip, StageSession, Stop, Train
 from rlhf_ray.outcomes import StageRequest
 from rlhf_ray.policies.finetuning import finetune
 from rlhf_ray.storage import Storage, open_storage
+from rlhf_ray.sweep import record
 from rlhf_ray.sweep import search as sweep
 from rlhf_ray.sweep.results import SearchResult
 from rlhf_ray.sweep.search import search
@@ -133,11 +135,11 @@ def test_plan_knows_the_sweep_that_is_there(
     monkeypatch.setattr(sweep, "LocalStages", must_not_run)
     asked, storage = config(tmp_path, name="mine"), open_storage(tmp_path)
     ground = sweep.prepare(small_suite(), asked)
-    sweep._record_sweep(storage, ground)
+    record.record_sweep(storage, ground)
     storage.write_json(f"mine/trials/{ground.trials[0].name}/trial.json", {"status": "done"})
     begun = sweep.plan(small_suite(), asked)
     assert (begun.state, begun.n_done) == ("running", 1)
-    sweep._set_state(storage, "mine", "finished")
+    record.set_state(storage, "mine", "finished")
     finished = sweep.plan(small_suite(), asked, timed=True)
     assert (finished.state, finished.seconds_estimate) == ("finished", None)
     other = replace(asked, seed=1)
@@ -268,9 +270,51 @@ def test_other_configuration_under_the_same_name_is_refused(
     episodes = r"which holds one of episodes=\d+ \(now 7\)"
     with pytest.raises(InputError, match=rf"{episodes}\. Give another --name, or --fresh"):
         search(small_suite(), replace(finished.config, name=name, episodes=7))
-    with pytest.raises(InputError, match="which holds another suite, model"):
+    with pytest.raises(InputError, match="which holds one of another tasks"):
         search(small_suite(task="other"), replace(finished.config, name=name))
     assert SearchResult.load(finished.storage / name).finished
+
+
+def test_an_unfinished_sweep_with_another_model_is_told_of(tmp_path: Path) -> None:
+    asked, storage = config(tmp_path), open_storage(tmp_path)
+    first = sweep.prepare(small_suite(), asked)
+    assert record.record_sweep(storage, first) == ""
+    suite = small_suite()
+    with torch.no_grad():
+        next(suite.model.parameters()).mul_(1 + 1e-6)
+    again = sweep.prepare(suite, asked)
+    assert again.name != first.name
+    said = record.record_sweep(storage, again)
+    assert f"{first.name} has the same settings and tasks, but another model" in said
+    assert record.record_sweep(storage, again) == ""  # now it goes on
+    with pytest.raises(InputError, match="which holds one of another model"):
+        record.check_same_sweep({**storage.read_json(f"{first.name}/sweep.json")}, again)
+    other = sweep.prepare(small_suite(task="other"), asked)
+    assert record.record_sweep(storage, other) == ""
+
+
+def test_levels_that_leave_parameters_out_are_told_of(tmp_path: Path) -> None:
+    suite = small_suite()
+    (head,) = suite.levels["head"]
+    partial = replace(suite, levels={"head": [head]})
+    (line,) = [r for r in sweep.plan(partial, config(tmp_path)).remarks if "no level" in r]
+    assert line.startswith("parameters in no level are never trained: 2 (")
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code = (
+            "import sys; from rlhf_ray.ray_session import check_answers\n"
+            "from rlhf_ray.errors import InputError\n"
+            "try: check_answers(sys.argv[1])\n"
+            "except InputError as error: print(error)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60
+        )
+    assert f"a Ray cluster must answer at the address, got address={address!r}" in run.stdout
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -744,7 +788,7 @@ def test_a_sweep_that_is_half_forgotten_is_still_known_for_one(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Storage, "delete", broken)
-        sweep._forget(storage, "mine")
+        record.forget(storage, "mine")
     assert storage.exists("mine/sweep.json") and storage.folders("mine") == []
-    sweep._forget(storage, "mine")
+    record.forget(storage, "mine")
     assert storage.list("mine") == []
