@@ -176,7 +176,7 @@ class Policy:
         if "://" in str(directory):
             uri, mark, options = str(directory).partition("?")
             return f"{uri.rstrip('/')}/{JSON_NAME}{mark}{options}"
-        return Path(directory) / JSON_NAME
+        return Path(directory).expanduser() / JSON_NAME
 
     def write(self, storage: Storage, folder: str) -> None:
         """Writes the policy to any storage.
