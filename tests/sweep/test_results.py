@@ -15,7 +15,6 @@ from rlhf_ray.sweep.results import (
     SearchResult,
     list_sweeps,
     trial_folder,
-    write_policy,
 )
 
 NETWORK = NetworkSettings(n_levels=2, n_features=3, n_actions=4, hidden=(8,))
@@ -88,7 +87,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_policies_go_through_any_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(tmp_path)
-    write_policy(storage, "here/policy", policy())
+    policy().write(storage, "here/policy")
     local = Policy.read(storage, "here/policy")
     monkeypatch.setattr(Storage, "local_path", lambda self, name="": None)
     for found in (local, Policy.read(storage, "here/policy")):
@@ -103,12 +102,12 @@ def test_policy_of_any_trial(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     result = SearchResult.load(tmp_path / "small-1")
     second = result.table()["trial"][1]
-    write_policy(open_storage(tmp_path), trial_folder("small-1", second), policy(3))
+    policy(3).write(open_storage(tmp_path), trial_folder("small-1", second))
     with pytest.raises(InputError, match=r"trial must be one that exists, got trial='00x'"):
         result.policy("00x")
     with pytest.raises(InputError, match="policy"):
         result.policy(second)  # its folder is there, and holds none
-    write_policy(open_storage(tmp_path), trial_folder("small-1", second) + "/policy", policy(3))
+    policy(3).write(open_storage(tmp_path), trial_folder("small-1", second) + "/policy")
     name, value = next(iter(policy(3).weights.items()))
     assert torch.equal(result.policy(second).weights[name], value)
 
