@@ -81,9 +81,11 @@ class Bench:
 
     def stage(self, learning_rate: float, levels: Iterable[int]) -> StageStep:
         """A stage that trains levels."""
-        name = f"train at {learning_rate:g}"
+        levels = tuple(levels)
+        which = {self.spec.n_levels: " all", 1: ""}.get(len(levels), f" {len(levels)} levels")
+        name = f"train{which} at {learning_rate:g}"
         operation = replace(self.train, name=name, learning_rate=learning_rate)
-        return StageStep(operation=operation, levels=tuple(levels))
+        return StageStep(operation=operation, levels=levels)
 
     def rates(self, levels: Sequence[int]) -> tuple[float, ...]:
         """The grid; its highest rate for single levels only: on several it was the worst."""

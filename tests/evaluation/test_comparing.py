@@ -32,7 +32,7 @@ def test_a_stage_that_fails_counts_as_diverged_and_is_named(
     lines: list[str] = []
     results = run_baselines(small_suite(), config=config(tmp_path), progress=lines.append)
     assert len(set(results.failures)) == len(results.failures) > 0
-    assert all("train at 0.003@" in line and "no such luck" in line for line in results.failures)
+    assert all(" at 0.003@" in line and "no such luck" in line for line in results.failures)
     assert lines[-1] == (
         f"{len(results.failures)} stages failed and count as diverged; the first: "
         f"{results.failures[0]}"
