@@ -79,7 +79,7 @@ def main() -> None:
     text = [
         f"`python -m rlhf_ray.launch`, suite seeds {SUITE_SEEDS.start} to {SUITE_SEEDS.stop - 1}, "
         f"eight test tasks each; differences in hundredths of utility. {os.cpu_count()} cores of "
-        f"{platform.machine()}, torch {torch.__version__}; a run took "
+        f"{platform.machine()}, torch {torch.__version__}; a search took "
         f"{min(seconds) / 60:.0f} to {max(seconds) / 60:.0f} minutes, with other work beside it.",
         "",
         *table(found),

@@ -63,7 +63,7 @@ def check_answers(address: str | None) -> None:
         return  # auto, local, ...: Ray's own words
     try:
         socket.create_connection((found[1], int(found[2])), timeout=ANSWER_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # a name that cannot be one, too
         raise InputError(
             f"a Ray cluster must answer at the address, got address={address!r}: {error}. Is it "
             "the port of its head (6379, if it was not chosen), and reachable from here?"

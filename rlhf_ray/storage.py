@@ -355,8 +355,8 @@ def user_of(uri: str) -> str:
     ('KEY:SEC/RET', '')
     """
     found = _USER.search(uri.partition("?")[0]) if "://" in uri else None
-    return found[1] if found else ""
+    return found[1] or found[2] or "" if found else ""
 
 
-_USER = re.compile(r"//([^@]*:[^@]*|[^/@]*)@")
+_USER = re.compile(r"(?<=^s3:)//([^/@:]*:[^@]*)@|//([^/@]*)@")
 """Keys of S3 may hold slashes, which end what other readers take for the user."""

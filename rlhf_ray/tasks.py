@@ -161,13 +161,13 @@ def loss_on(device: torch.device, task: Task) -> Loss:
     return _moved(task.loss, device)
 
 
-def _on_cpu(task: Task) -> Task:
-    there = copy.copy(task)  # its digest with it
+def _on_cpu(task: Task, there: Callable[[Tensor], Tensor]) -> Task:
+    moved = copy.copy(task)  # its digest with it
     for split in SPLITS:
         x, y = task.split(split)
-        object.__setattr__(there, split, (map_inputs(Tensor.cpu, x), y.cpu()))
-    object.__setattr__(there, "loss", loss_on(_CPU, task))
-    return there
+        object.__setattr__(moved, split, (map_inputs(there, x), there(y)))
+    object.__setattr__(moved, "loss", loss_on(_CPU, task))
+    return moved
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -296,13 +296,19 @@ class Suite:
 
         Tensors that functions close over stay where they are.
         """
-        suite = copy.copy(self)
+        suite, moved = copy.copy(self), dict[int, Tensor]()
+
+        def there(value: Tensor) -> Tensor:
+            if id(value) not in moved:  # tasks may share what they hold
+                moved[id(value)] = value.cpu()
+            return moved[id(value)]
+
         object.__setattr__(suite, "model", _moved(self.model, _CPU))
         for role in SPLITS:
-            tasks = tuple(_on_cpu(task) for task in getattr(self, f"{role}_tasks"))
+            tasks = tuple(_on_cpu(task, there) for task in getattr(self, f"{role}_tasks"))
             object.__setattr__(suite, f"{role}_tasks", tasks)
         if self.source is not None:
-            object.__setattr__(suite, "source", map_inputs(Tensor.cpu, self.source))
+            object.__setattr__(suite, "source", map_inputs(there, self.source))
         return suite
 
     def tasks(self) -> Iterator[Task]:

@@ -30,6 +30,7 @@ def check_extras(config: SearchConfig) -> None:
     Raises:
         InputError: a package is missing, or a tracker's address will not do.
     """
+    check_no_password(config)
     for setting, (module, extra) in EXTRAS.items():
         value = getattr(config, setting)
         if value is None or value is False:
@@ -41,16 +42,17 @@ def check_extras(config: SearchConfig) -> None:
                 f"{setting} must have its package installed, got {setting}={_shown(value)} and no "
                 f"module {module!r}. Install it: pip install 'rlhf_ray[{extra}]'."
             )
-    check_no_password(config)
 
 
 def check_no_password(config: SearchConfig) -> None:
     """Raises InputError if a tracker's address holds a secret; needs no tracker installed."""
-    if config.mlflow and without_secrets(config.mlflow) != config.mlflow:
+    given = config.mlflow or ""
+    remote = "://" in given and not given.startswith("file:")
+    if without_secrets(given) != given or (remote and "@" in given):
         raise InputError(
             "mlflow must be a URI without a user, password or query, as it is kept in records, got "
-            f"mlflow={_shown(config.mlflow)} with one. Set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+            "one with them. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN."
         )
 
 

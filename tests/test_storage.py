@@ -6,7 +6,7 @@ import pytest
 from pyarrow import fs
 
 from rlhf_ray.errors import InputError, StorageError
-from rlhf_ray.storage import Storage, open_storage, parent_of, without_secrets
+from rlhf_ray.storage import Storage, open_storage, parent_of, user_of, without_secrets
 
 
 @pytest.fixture(params=["local", "object store"])
@@ -17,6 +17,22 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     (tmp_path / "bucket" / "a").mkdir(parents=True)
     inner = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     return Storage(inner, "bucket", "test://bucket")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown", "user"),
+    [
+        ("s3://KEY:SEC/RET+x@bucket/runs", "s3://bucket/runs", "KEY:SEC/RET+x"),
+        ("s3://anonymous@bucket/runs", "s3://bucket/runs", "anonymous"),
+        ("s3://bucket/exp:1/me@home", "s3://bucket/exp:1/me@home", ""),
+        ("hdfs://host:8020/user/me@corp", "hdfs://host:8020/user/me@corp", ""),
+        ("file:///data/run:1/a@b", "file:///data/run:1/a@b", ""),
+        ("/data/me@home:1/a@b", "/data/me@home:1/a@b", ""),
+        ("gs://bucket/x?access_token=S", "gs://bucket/x", ""),
+    ],
+)
+def test_keys_of_a_uri_are_told_from_its_path(uri: str, shown: str, user: str) -> None:
+    assert (without_secrets(uri), user_of(uri)) == (shown, user)
 
 
 def test_files_written_read_listed_deleted(storage: Storage) -> None:

@@ -92,15 +92,19 @@ def test_stage_takes_what_python_imports(tmp_path, project) -> None:
     assert staged(tmp_path, suite="sensors:suite") == {"sensors.py"}
 
 
-@pytest.mark.parametrize("target", ["../secret", "nowhere"])
+@pytest.mark.parametrize("target", ["../secret", "nowhere", ".env", "data/images.bin"])
 def test_stage_follows_no_link_that_leads_out_or_nowhere(tmp_path, project, target) -> None:
     (tmp_path / "secret").write_text("key")
     (project / "own/inside.txt").symlink_to(project / "notes/a.txt")
     names = staged(tmp_path, suite="own.suites:suite")
     assert "own/inside.txt" in names
     (project / "own/link.txt").symlink_to(project / target)
-    with pytest.raises(InputError, match="links must lead to files in the current folder"):
-        staging.stage(tmp_path / "again", suite="own.suites:suite")
+    (project / "linked.py").symlink_to(project / target)
+    for suite in ("own.suites:suite", "linked:suite"):
+        if suite == "linked:suite" and target == "nowhere":
+            continue  # no module at all
+        with pytest.raises(InputError, match="links must lead to files of the current folder"):
+            staging.stage(tmp_path / "again", suite=suite, leave_out=[project / "data"])
 
 
 def test_stage_leaves_out_git_data_and_storage_even_when_all_is_included(tmp_path, project) -> None:

@@ -6,21 +6,26 @@ learners that are.
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
-from rlhf_ray.errors import InputError
+from rlhf_ray.errors import InputError, unknown_name
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return isinstance(value, Integral) or math.isfinite(value)
 
 
 Range = tuple[str, Callable[[Any], bool]]
 """What a value must be, and whether one is."""
 
-WHOLE: Range = "a whole number >= 1", lambda x: is_number(x) and isinstance(x, int) and x >= 1
+WHOLE: Range = (
+    "a whole number >= 1",
+    lambda x: is_number(x) and isinstance(x, Integral) and int(x) >= 1,
+)
 SHARE: Range = "a number in [0, 1]", lambda x: is_number(x) and 0 <= x <= 1
 POSITIVE: Range = "a number > 0", lambda x: is_number(x) and x > 0
 NOT_NEGATIVE: Range = "a number >= 0", lambda x: is_number(x) and x >= 0
@@ -47,6 +52,8 @@ READ: Mapping[str, Mapping[str, Range]] = {
 
 def check_overrides(algorithm: str, overrides: Mapping[str, Any]) -> None:
     """Raises InputError unless RLlib settings are ones that an algorithm reads, in their range."""
+    if algorithm not in READ:
+        raise unknown_name("algorithm", algorithm, READ)
     read = READ[algorithm]
     for name, value in overrides.items():
         if name not in read:

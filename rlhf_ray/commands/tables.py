@@ -183,15 +183,21 @@ def comparison(
 
 def _ahead(methods: Mapping[str, Mapping[str, float]], *, points: bool) -> str:
     """A sentence where a method has more utility than the policy; else ""."""
-    by_utility = {name: m["utility_mean"] for name, m in methods.items() if "utility_mean" in m}
-    best = max(by_utility, key=lambda name: by_utility[name], default="policy")
-    lead = by_utility[best] - by_utility["policy"] if best != "policy" else 0.0
-    if lead <= 0:
+    by_utility = {
+        name: method["utility_mean"]
+        for name, method in methods.items()
+        if "utility_mean" in method and name != "optimum"  # which is known by hindsight alone
+    }
+    if "policy" not in by_utility:
+        return ""
+    best = max(by_utility, key=lambda name: by_utility[name])
+    lead = by_utility[best] - by_utility["policy"]
+    if lead < 5e-4:  # nothing of it would be seen
         return ""
     amount = f"{100 * lead:.1f} hundredths" if points else f"{lead:.3g}"
     return (
-        f" By utility {printable(best)} is ahead of it, by {amount}: take that, or search with "
-        "more tasks, episodes or operations."
+        f" By utility {printable(best)} is ahead of it, by {amount}: more tasks, episodes or "
+        "operations may help."
     )
 
 

@@ -183,7 +183,7 @@ class Policy:
 
         Args:
             storage: where.
-            folder: on it; a policy in it is replaced.
+            folder: on it; "": the storage's root. A policy in it is replaced.
 
         Raises:
             StorageError: it cannot be written.
@@ -206,8 +206,9 @@ class Policy:
         # the digest in the file is of what is read back: JSON has lists for tuples
         content = json.loads(json.dumps(content, allow_nan=False))
         text = json.dumps({**content, "sha256": digest(content)}, indent=1) + "\n"
-        storage.write_bytes(f"{folder}/{WEIGHTS_NAME}", weights)
-        storage.write_bytes(f"{folder}/{JSON_NAME}", text.encode())
+        inside = f"{folder}/" if folder else ""
+        storage.write_bytes(f"{inside}{WEIGHTS_NAME}", weights)
+        storage.write_bytes(f"{inside}{JSON_NAME}", text.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Policy":

@@ -64,8 +64,11 @@ def stage(
     files = {Path("rlhf_ray") / name: package / name for name in _files(package, ())}
     own, elsewhere = _suite_path(suite, here)
     for path in ([own] if own else []) + [_included(name, here) for name in include]:
-        found = _files(path, leave_out, within=here) if path.is_dir() else [Path()]
-        files |= {path.relative_to(here) / name: path / name for name in found}
+        found = _files(path, leave_out) if path.is_dir() else [Path()]
+        own_files = {path.relative_to(here) / name: path / name for name in found}
+        for file in own_files.values():
+            _check_link(file, here, leave_out)
+        files |= own_files
     _check_size(files, limit_bytes)
     for name, source in files.items():
         target = folder / name
@@ -100,27 +103,26 @@ def public(number: str) -> str:
     return number.partition("+")[0]
 
 
-def _files(
-    folder: Path, leave_out: Sequence[Path], *, within: Path | None = None
-) -> Iterator[Path]:
-    """Files below a folder, relative to it; links to folders are not followed.
-
-    Raises:
-        InputError: a link to a file that is not there, or not `within` a folder.
-    """
+def _files(folder: Path, leave_out: Sequence[Path]) -> Iterator[Path]:
+    """Files below a folder, relative to it; links to folders are not followed."""
     for at, folders, names in os.walk(folder):
         kept = [name for name in folders if not _LEFT_OUT.fullmatch(name)]
         folders[:] = sorted(name for name in kept if (Path(at) / name).resolve() not in leave_out)
         for name in sorted(names):
-            file = Path(at) / name
-            if _LEFT_OUT.fullmatch(name):
-                continue
-            if not file.exists() or (within and not file.resolve().is_relative_to(within)):
-                raise InputError(
-                    "links must lead to files in the current folder, got "
-                    f"{str(file)!r}, which leads to {str(file.resolve())!r}. Copy the file there."
-                )
-            yield file.relative_to(folder)
+            if not _LEFT_OUT.fullmatch(name):
+                yield (Path(at) / name).relative_to(folder)
+
+
+def _check_link(file: Path, here: Path, leave_out: Sequence[Path]) -> None:
+    """Raises InputError unless a file, if it is a link, leads to one that may be uploaded."""
+    target = file.resolve()
+    inside = target.is_file() and target.is_relative_to(here)
+    hidden = inside and any(map(_LEFT_OUT.fullmatch, target.relative_to(here).parts))
+    if not inside or hidden or any(target.is_relative_to(folder) for folder in leave_out):
+        raise InputError(
+            "links must lead to files of the current folder that may be uploaded, got "
+            f"{str(file)!r}, which leads to {str(target)!r}. Copy the file."
+        )
 
 
 def _suite_path(suite: str | None, here: Path) -> tuple[Path | None, str | None]:
@@ -128,12 +130,15 @@ def _suite_path(suite: str | None, here: Path) -> tuple[Path | None, str | None]
     if suite is None or ":" not in suite:
         return None, None
     top = suite.partition(":")[0].partition(".")[0]
-    # as Python looks: a package, a module, and last a folder without an __init__.py
-    places = ("__init__.py", here / top), ("", here / f"{top}.py"), ("", here / top)
-    for within, path in places:
-        if top.isidentifier() and (path / within).exists():
+    # as Python looks: a package, a module, what is installed, a folder without an __init__.py
+    places = {here / top / "__init__.py": here / top, here / f"{top}.py": here / f"{top}.py"}
+    for file, path in places.items():
+        if top.isidentifier() and file.exists():
             return path, None
-    if not top.isidentifier() or importlib.util.find_spec(top) is None:
+    spec = importlib.util.find_spec(top) if top.isidentifier() else None
+    if top.isidentifier() and (here / top).is_dir() and (spec is None or spec.origin is None):
+        return here / top, None
+    if spec is None:
         raise InputError(
             f"the suite's module must exist, got {suite!r} and no module {top!r}. Start in the "
             "folder that holds it, or install it here and on the cluster."

@@ -92,10 +92,11 @@ def load_suite(
     if ":" in name:
         return _own_suite(name)
     if name not in SUITES:
-        if Path(f"{name.removesuffix('.py').replace('.', '/')}.py").is_file():
+        module = _as_module(name)
+        if Path(f"{module.replace('.', '/')}.py").is_file():
             raise InputError(
                 "a suite of your own must be named package.module:function, got "
-                f"{name!r}. Write {name.removesuffix('.py')}:FUNCTION."
+                f"{name!r}. Write {module}:FUNCTION."
             )
         raise unknown_name("suite", name, SUITES)
     check_whole("seed", seed, at_least=0)
@@ -155,7 +156,7 @@ def _own_function(name: str) -> Callable[[], Any]:
     if module_name.endswith(".py"):
         raise InputError(
             "a suite's module must be named as in an import, got "
-            f"{name!r}. Write {module_name[:-3].replace('/', '.')}:{function_name}."
+            f"{name!r}. Write {_as_module(module_name)}:{function_name}."
         )
     if os.getcwd() not in sys.path:  # a console script does not put it there, `python -m` does
         sys.path.insert(0, os.getcwd())
@@ -175,6 +176,11 @@ def _own_function(name: str) -> Callable[[], Any]:
         functions = [key for key, value in vars(module).items() if callable(value)]
         raise unknown_name(f"function of {module_name}", function_name, functions)
     return function
+
+
+def _as_module(path: str) -> str:
+    """What a file is named in an import, if it is one of the current folder."""
+    return path.removesuffix(".py").removeprefix("./").replace("/", ".")
 
 
 def _call(name: str, function: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """Draws the tasks of a suite: which shift, how severe, on which images.
 
-A task follows from (seed, role, index) alone: asking for more tasks leaves the first as they are.
+A task follows from (seed, role, index) alone: asking for more tasks leaves the first as they are. A
+name that a task of another role has already is counted up.
 """
 
 from collections.abc import Collection

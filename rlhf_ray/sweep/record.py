@@ -1,5 +1,6 @@
 """A sweep's record: what it is known by, and whether one that is there is the same."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,27 +50,29 @@ class Ground:
 def sweep_identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation]) -> str:
     """Digest of all that a sweep's results depend on."""
     identity = suite_identity(suite, config.engine_settings())
-    roles = [
-        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
-    ]
     return digest(
         config.digest(),
         identity.model,
         dict(identity.tasks),
         identity.source,
-        roles,
+        _roles(suite),
         [operation_as_json(operation) for operation in operations],
         [source_digest(type(operation)) for operation in operations],
     )
 
 
+def _roles(suite: Suite) -> list[list[tuple[str, str]]]:
+    return [
+        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
+    ]
+
+
 def _parts(ground: Ground) -> dict[str, str]:
     """Digests of what else a sweep's identity is made of, to name what differs."""
-    suite = ground.suite
-    identity = suite_identity(suite, ground.config.engine_settings())
+    identity = suite_identity(ground.suite, ground.config.engine_settings())
     return {
         "model": identity.model,
-        "tasks": digest(dict(identity.tasks), identity.source),
+        "tasks": digest(dict(identity.tasks), identity.source, _roles(ground.suite)),
         "operations": digest(
             [operation_as_json(operation) for operation in ground.operations],
             [source_digest(type(operation)) for operation in ground.operations],
@@ -114,17 +117,17 @@ def record_sweep(storage: Storage, ground: Ground) -> str:
 
 
 def _almost(storage: Storage, ground: Ground) -> str:
-    """A line about an unfinished sweep of the same suite and settings; "" if there is none.
+    """A line about a sweep of the same suite and settings; "" if there is none.
 
     A model that is pretrained anew has other weights whenever torch rounds differently.
     """
     if ground.config.name:
         return ""
     settings, parts = ground.config.that_count(), _parts(ground)
-    folders = storage.folders()
-    for name in [n for n in folders if n.startswith(f"{ground.suite.name}-")][:MAX_LOOKED_AT]:
+    unnamed = re.compile(re.escape(ground.suite.name) + "-[0-9a-f]{8}")
+    for name in [n for n in storage.folders() if unnamed.fullmatch(n)][:MAX_LOOKED_AT]:
         there = storage.read_json(f"{name}/{SWEEP_FILE}")
-        if not isinstance(there, dict) or there.get("state") == "finished":
+        if not isinstance(there, dict):
             continue
         config = there.get("config", {})
         others = [
@@ -132,11 +135,12 @@ def _almost(storage: Storage, ground: Ground) -> str:
         ]
         alike = all(config.get(n) == value for n, value in settings.items())
         if alike and others and "tasks" not in others:
-            return (
-                f"a new sweep: {name} has the same settings and tasks, but another "
-                f"{' and other '.join(others)}. To go on with it, give the same: weights from a "
-                "file, say"
+            line = (
+                f"a new sweep: {name} ({there['state']}) has the same settings and tasks, but "
+                f"another {' and other '.join(others)}"
             )
+            keep = "; weights that are loaded from a file stay the same"
+            return line + keep if "model" in others else line
     return ""
 
 

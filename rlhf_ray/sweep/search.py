@@ -89,8 +89,10 @@ def search(
     check_kinds(suite, config)
     config = with_defaults(config or SearchConfig(), suite.defaults)
     ground = prepare(suite, config, operations)
-    check_answers(config.cluster)
     storage = open_storage(config.storage_path, check=True)
+    begun = not fresh and storage.exists(f"{ground.name}/{SWEEP_FILE}")
+    if not (begun and _complete(SearchResult(storage, ground.name), ground)):
+        check_answers(config.cluster)  # before anything is written
     with driver_lock(storage, ground.name):
         if fresh:
             forget(storage, ground.name)

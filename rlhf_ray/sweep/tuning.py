@@ -194,7 +194,7 @@ class _Watcher(tune.Callback):
         self._episodes: dict[str, int] = {}
         self._logical: dict[str, int] = {}
         self._stats: dict[str, Any] = {}
-        self._told_of_failures = asked > 0  # where a schedule was tuned, its stages were told of
+        self._told_of_failures = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks with the experiment; this one is never read back

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from rlhf_ray.algorithms import ALGORITHMS
@@ -14,6 +15,8 @@ def test_every_algorithm_says_what_it_reads() -> None:
 def test_settings_in_their_range_are_taken() -> None:
     check_overrides("ppo", {"lambda_": 1, "num_epochs": 3, "grad_clip": None, "clip_param": 0.1})
     check_overrides("dqn", {"grad_clip": 5, "td_error_loss_fn": "mse"})
+    check_overrides("dqn", {"grad_clip": np.float32(0.5)})
+    check_overrides("ppo", {"num_epochs": np.int64(2)})
     check_overrides("q-learning", {})
 
 
@@ -26,6 +29,8 @@ def test_settings_in_their_range_are_taken() -> None:
         ("ppo", "lambda_", 5, r"lambda_ must be a number in \[0, 1\], got lambda_=5"),
         ("ppo", "clip_param", -1, "clip_param must be a number > 0"),
         ("ppo", "entropy_coeff", [[0, 0.1]], "entropy_coeff must be a number >= 0"),
+        ("ppo", "lambda_", 10**400, "lambda_ must be a number"),
+        ("dqm", "grad_clip", 1.0, "algorithm must be one that exists.*'dqn'"),
         ("ppo", "vf_loss_coeff", math.nan, "vf_loss_coeff must be a number >= 0"),
         ("ppo", "grad_clip", "x", "grad_clip must be a number > 0 or None, got grad_clip='x'"),
         ("dqn", "grad_clip", -1, "grad_clip must be a number > 0 or None"),

@@ -278,8 +278,8 @@ def test_comparison_says_who_is_ahead_of_the_policy(metric, higher, amount):
         for name, u in utilities.items()
     }
     said = tables.comparison(figures, metric=metric, higher_is_better=higher)
-    assert f"By utility full is ahead of it, by {amount}: take that" in said
-    figures["full"]["utility_mean"] = 0.90
+    assert f"By utility full is ahead of it, by {amount}: more tasks" in said
+    figures["full"]["utility_mean"], figures["optimum"] = 0.9001, {"utility_mean": 0.99}
     assert "ahead" not in tables.comparison(figures, metric=metric, higher_is_better=higher)
 
 

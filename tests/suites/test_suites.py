@@ -183,6 +183,8 @@ def test_own_suite_is_found_in_the_current_folder(own_module: str) -> None:
         ("own_suites:", "package.module:function"),
         ("own_suites.py:shifts", "Write own_suites:shifts"),
         ("own_suites", "Write own_suites:FUNCTION"),
+        ("./own_suites.py", "Write own_suites:FUNCTION"),
+        ("./own_suites.py:shifts", "Write own_suites:shifts"),
     ],
 )
 def test_own_suite_that_cannot_be_had_says_why(own_module: str, name: str, match: str) -> None:

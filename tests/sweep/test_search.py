@@ -285,7 +285,8 @@ def test_an_unfinished_sweep_with_another_model_is_told_of(tmp_path: Path) -> No
     again = sweep.prepare(suite, asked)
     assert again.name != first.name
     said = record.record_sweep(storage, again)
-    assert f"{first.name} has the same settings and tasks, but another model" in said
+    assert said.startswith(f"a new sweep: {first.name} (running) has the same settings and tasks")
+    assert "but another model; weights that are loaded from a file stay the same" in said
     assert record.record_sweep(storage, again) == ""  # now it goes on
     with pytest.raises(InputError, match="which holds one of another model"):
         record.check_same_sweep({**storage.read_json(f"{first.name}/sweep.json")}, again)
@@ -315,6 +316,24 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(tmp_path: Path) -> None
             [sys.executable, "-c", code, address], capture_output=True, text=True, timeout=60
         )
     assert f"a Ray cluster must answer at the address, got address={address!r}" in run.stdout
+
+
+def folders(path: Path) -> list[str]:
+    return open_storage(path).folders()
+
+
+def test_a_finished_sweep_is_shown_without_its_cluster(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(address: str | None) -> None:
+        raise InputError(f"a Ray cluster must answer at the address, got address={address!r}")
+
+    monkeypatch.setattr(sweep, "check_answers", unreachable)
+    gone, before = replace(finished.config, address="127.0.0.1:1"), folders(finished.storage)
+    assert search(small_suite(), gone).finished
+    with pytest.raises(InputError, match="must answer at the address, got address='127.0.0.1:1'"):
+        search(small_suite(), replace(gone, seed=99))
+    assert folders(finished.storage) == before
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
