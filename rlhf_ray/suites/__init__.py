@@ -149,14 +149,14 @@ def _own_suite(name: str) -> Suite:
 
 def _own_function(name: str) -> Callable[[], Any]:
     module_name, _, function_name = name.partition(":")
-    if not module_name or module_name.startswith(".") or not function_name.isidentifier():
-        raise InputError(
-            f"a suite of your own must be named package.module:function, got {name!r}."
-        )
     if module_name.endswith(".py"):
         raise InputError(
             "a suite's module must be named as in an import, got "
             f"{name!r}. Write {_as_module(module_name)}:{function_name}."
+        )
+    if not module_name or module_name.startswith(".") or not function_name.isidentifier():
+        raise InputError(
+            f"a suite of your own must be named package.module:function, got {name!r}."
         )
     if os.getcwd() not in sys.path:  # a console script does not put it there, `python -m` does
         sys.path.insert(0, os.getcwd())
