@@ -65,7 +65,7 @@ class SearchResult:
         ]
 
     def __repr__(self) -> str:
-        return f"SearchResult({self.directory!r}, {self.state}, {len(self.trials)} trials)"
+        return f"SearchResult({self.directory!r}, {self.state}, trials={len(self.trials)})"
 
     @classmethod
     def load(cls, path: str | Path) -> "SearchResult":
