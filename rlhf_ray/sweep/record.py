@@ -31,6 +31,7 @@ class Ground:
         config: with the suite's own defaults.
         name: of the sweep's folder.
         identity: digest of suite, configuration and operations.
+        parts: digests of "model", "tasks" and "operations", to name what differs.
         trials: planned.
         operations: of the process.
         remarks: lines on what the suite does not allow, or that is seldom meant.
@@ -41,43 +42,28 @@ class Ground:
     config: SearchConfig
     name: str
     identity: str
+    parts: dict[str, str]
     trials: list[PlannedTrial]
     operations: tuple[Operation, ...]
     remarks: list[str]
     metric: Metric
 
 
-def sweep_identity(suite: Suite, config: SearchConfig, operations: Sequence[Operation]) -> str:
-    """Digest of all that a sweep's results depend on."""
+def sweep_identity(
+    suite: Suite, config: SearchConfig, operations: Sequence[Operation]
+) -> tuple[str, dict[str, str]]:
+    """Digest of all that a sweep's results depend on, and those of its parts but the settings."""
     identity = suite_identity(suite, config.engine_settings())
-    return digest(
-        config.digest(),
-        identity.model,
-        dict(identity.tasks),
-        identity.source,
-        _roles(suite),
+    roles = [
+        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
+    ]
+    tasks = dict(identity.tasks), identity.source, roles
+    done = (
         [operation_as_json(operation) for operation in operations],
         [source_digest(type(operation)) for operation in operations],
     )
-
-
-def _roles(suite: Suite) -> list[list[tuple[str, str]]]:
-    return [
-        [(task.name, task.known_as) for task in getattr(suite, f"{role}_tasks")] for role in SPLITS
-    ]
-
-
-def _parts(ground: Ground) -> dict[str, str]:
-    """Digests of what else a sweep's identity is made of, to name what differs."""
-    identity = suite_identity(ground.suite, ground.config.engine_settings())
-    return {
-        "model": identity.model,
-        "tasks": digest(dict(identity.tasks), identity.source, _roles(ground.suite)),
-        "operations": digest(
-            [operation_as_json(operation) for operation in ground.operations],
-            [source_digest(type(operation)) for operation in ground.operations],
-        ),
-    }
+    parts = {"model": identity.model, "tasks": digest(*tasks), "operations": digest(*done)}
+    return digest(config.digest(), identity.model, *tasks, *done), parts
 
 
 def record_sweep(storage: Storage, ground: Ground) -> str:
@@ -94,7 +80,7 @@ def record_sweep(storage: Storage, ground: Ground) -> str:
     record = {
         "name": ground.name,
         "identity": ground.identity,
-        "parts": _parts(ground),
+        "parts": ground.parts,
         "state": "running",
         "suite": ground.suite.name,
         "levels": list(ground.suite.levels),
@@ -123,16 +109,14 @@ def _almost(storage: Storage, ground: Ground) -> str:
     """
     if ground.config.name:
         return ""
-    settings, parts = ground.config.that_count(), _parts(ground)
+    settings = ground.config.that_count()
     unnamed = re.compile(re.escape(ground.suite.name) + "-[0-9a-f]{8}")
     for name in [n for n in storage.folders() if unnamed.fullmatch(n)][:MAX_LOOKED_AT]:
         there = storage.read_json(f"{name}/{SWEEP_FILE}")
         if not isinstance(there, dict):
             continue
-        config = there.get("config", {})
-        others = [
-            part for part, value in parts.items() if value != there.get("parts", {}).get(part)
-        ]
+        config, parts = there.get("config", {}), there.get("parts", {})
+        others = [part for part, value in ground.parts.items() if value != parts.get(part)]
         alike = all(config.get(n) == value for n, value in settings.items())
         if alike and others and "tasks" not in others:
             line = (
@@ -152,7 +136,7 @@ def check_same_sweep(earlier: Mapping[str, Any], ground: Ground) -> None:
                   for name, value in ground.config.that_count().items()
                   if before.get(name) != value]  # fmt: skip
         there = earlier.get("parts", {})
-        parts = [name for name, value in _parts(ground).items() if there.get(name, value) != value]
+        parts = [name for name, value in ground.parts.items() if there.get(name, value) != value]
         held = "another suite, model, data or code"
         if others or parts:
             held = f"one of {', '.join(others + [f'another {part}' for part in parts])}"

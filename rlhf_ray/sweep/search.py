@@ -268,12 +268,13 @@ def prepare(
     if not moves(chosen, len(suite.levels)):
         names = [operation.name for operation in chosen]
         raise InputError(f"operations must hold one that changes the model, got {names}.")
-    identity = sweep_identity(suite, config, chosen)
+    identity, parts = sweep_identity(suite, config, chosen)
     return Ground(
         suite=suite,
         config=config,
         name=config.name or f"{suite.name}-{identity[:8]}",
         identity=identity,
+        parts=parts,
         trials=plan_trials(config),
         operations=chosen,
         remarks=[line for line in (*left_out, against_the_flow(suite), in_no_level(suite)) if line],
