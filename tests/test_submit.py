@@ -92,6 +92,11 @@ def test_stage_takes_what_python_imports(tmp_path, project) -> None:
     assert staged(tmp_path, suite="sensors:suite") == {"sensors.py"}
 
 
+def test_stage_takes_what_is_named_wherever_it_lies(tmp_path, project) -> None:
+    names = staged(tmp_path, include=["data/images.bin", ".env"], leave_out=[project / "data"])
+    assert names == {"data/images.bin", ".env"}
+
+
 @pytest.mark.parametrize("target", ["../secret", "nowhere", ".env", "data/images.bin"])
 def test_stage_follows_no_link_that_leads_out_or_nowhere(tmp_path, project, target) -> None:
     (tmp_path / "secret").write_text("key")

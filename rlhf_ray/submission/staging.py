@@ -116,6 +116,8 @@ def _files(folder: Path, leave_out: Sequence[Path]) -> Iterator[Path]:
 def _check_link(file: Path, here: Path, leave_out: Sequence[Path]) -> None:
     """Raises InputError unless a file, if it is a link, leads to one that may be uploaded."""
     target = file.resolve()
+    if target == file:
+        return
     inside = target.is_file() and target.is_relative_to(here)
     hidden = inside and any(map(_LEFT_OUT.fullmatch, target.relative_to(here).parts))
     if not inside or hidden or any(target.is_relative_to(folder) for folder in leave_out):
