@@ -60,8 +60,6 @@ def scheduled(
             utility=context.utility,
             seed=config.seed,
         )
-        if failure := Tally.total(tallies).failure:
-            progress.message(f"stages fail and count as diverged; the first: {failure}")
         found = chosen(tuned.candidates, context.utility)
         words = describe(spec, found)
         progress.message(f"schedule: {words}")

@@ -550,6 +550,9 @@ def test_own_operations_one_that_fails_and_a_metric_of_which_less_is_better(
     # the operation that raises is a stage that diverged: counted, said, and never an end
     assert result.summary["stages"]["failed"] > 0
     assert any("RuntimeError: no such luck" in line for line in progress.lines)
+    (early,) = [line for line in progress.lines if line.startswith("stages fail and count as")]
+    (total,) = [line for line in progress.lines if "stages failed and count as" in line]
+    assert progress.lines.index(early) < progress.lines.index(total)
 
 
 @pytest.mark.usefixtures("ray_session")
