@@ -5,11 +5,18 @@ import pytest
 
 from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.algorithms.overrides import READ, check_overrides
+from rlhf_ray.config import SearchConfig
 from rlhf_ray.errors import InputError
 
 
 def test_every_algorithm_says_what_it_reads() -> None:
     assert set(READ) == set(ALGORITHMS)
+
+
+def test_the_help_names_all_that_is_read() -> None:
+    text = SearchConfig.__doc__ or ""
+    told = text[text.index("        rllib:") :]
+    assert not {name for read in READ.values() for name in read if name not in told}
 
 
 def test_settings_in_their_range_are_taken() -> None:
