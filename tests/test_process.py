@@ -319,5 +319,5 @@ def test_operations_can_be_keys():
         rates: list[float]
 
     listed = Listed(name="listed", learning_rate=1e-3, rates=[1.0])
-    with pytest.raises(InputError, match="operations must be hashable, got 'listed'.*tuples"):
+    with pytest.raises(InputError, match=r"operations must be hashable, got 'listed'.*tuples"):
         check_operations((*default_operations(), listed), 2)
