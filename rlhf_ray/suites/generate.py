@@ -123,11 +123,15 @@ def _draw(pools: Pools, sizes: SplitSizes, rng: Generator) -> list[Images]:
 
 
 def _shifted(data: list[Images], family: Family, severity: float, rng: Generator) -> list[Images]:
-    """One shift over all three splits at once, so that its direction or mask is the same in all."""
+    """One shift over all three splits at once, so that its direction or mask is the same in all.
+
+    Inputs are shifted in float64 and rounded to multiples of 2**-20: the same on every processor.
+    """
     if family.kind == "output":
         permutation: Tensor = family.apply(severity, rng)
         return [(x, permutation[y]) for x, y in data]
-    x = family.apply(torch.cat([x for x, _ in data]), severity, rng)
+    x = family.apply(torch.cat([x for x, _ in data]).double(), severity, rng)
+    x = ((x * 2**20 + 0.37).floor() / 2**20).float()  # many lie halfway: 0.5 would part them
     parts = x.split([len(y) for _, y in data])
     # clones: a view would drag the images of the other splits along wherever it is sent
     return [(part.clone(), y) for part, (_, y) in zip(parts, data, strict=True)]

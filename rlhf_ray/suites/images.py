@@ -47,8 +47,8 @@ def digits_pools(*, data_root: str | Path | None = None, seed: int = 0) -> Pools
     from sklearn.datasets import load_digits  # slow to import, and for this source only
 
     images, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
-    x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    x = torch.from_numpy(images).reshape(-1, 1, 8, 8) / 16  # float64, as the enlargement
+    x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False).float()
     y = torch.from_numpy(labels).long()
     parts = split_indices(len(y), (700, 500, 267, 330), derive_seed("pools", "digits", seed))
     pretrain, train, val, test = ((x[part], y[part]) for part in parts)

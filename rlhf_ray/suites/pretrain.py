@@ -8,12 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_ray.digests import derive_seed, digest, tensor_digest
 from rlhf_ray.storage import open_storage
@@ -46,16 +47,20 @@ RECIPES = {
 
 
 def make_cnn(seed: int) -> nn.Sequential:
-    """Conv 32, pool, conv 64, pool, dense 64, dense 10: (N, 1, 28, 28) -> logits (N, 10)."""
+    """Conv 32, pool, conv 64, pool, dense 64, dense 10: (N, 1, 28, 28) -> logits (N, 10).
+
+    Initial weights are drawn in float64 and rounded: the same on every processor.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        double: dict[str, Any] = {"dtype": torch.float64}
         parts: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=nn.Sequential(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)),
-            conv2=nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)),
-            dense=nn.Sequential(nn.Flatten(), nn.Linear(64 * 5 * 5, 64), nn.ReLU()),
-            head=nn.Linear(64, N_CLASSES),
+            conv1=nn.Sequential(nn.Conv2d(1, 32, 3, **double), nn.ReLU(), nn.MaxPool2d(2)),
+            conv2=nn.Sequential(nn.Conv2d(32, 64, 3, **double), nn.ReLU(), nn.MaxPool2d(2)),
+            dense=nn.Sequential(nn.Flatten(), nn.Linear(64 * 5 * 5, 64, **double), nn.ReLU()),
+            head=nn.Linear(64, N_CLASSES, **double),
         )
-    return nn.Sequential(parts)
+    return nn.Sequential(parts).float()
 
 
 def pretrained_cnn(
@@ -88,7 +93,7 @@ def pretrained_cnn(
         return model.eval()
     storage = open_storage(storage_path, check=True)
     data = tensor_digest({"x": images[0], "y": images[1]})
-    key = digest("pretrained 1", data, repr(model), asdict(recipe), source, seed)
+    key = digest("pretrained 2", data, repr(model), asdict(recipe), source, seed)
     name = f"pretrained/{key}.safetensors"
     if not _restore(model, storage.read_bytes(name)):
         _train(model, images, recipe, derive_seed("pretrain", source, seed), source, progress)
@@ -104,9 +109,13 @@ def _train(
     source: str,
     progress: Progress | None,
 ) -> None:
-    x, y = images
+    """Trains in float64: processors round differently, and training makes much of it.
+
+    What float32 keeps in the end is the same on all, and so is who the suite is (its digest).
+    """
+    x, y = images[0].double(), images[1]
     rng = torch.Generator().manual_seed(seed)
-    model.to(memory_format=torch.channels_last)
+    model.double()
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
     n_batches = -(-len(y) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -119,7 +128,7 @@ def _train(
         for epoch in range(recipe.epochs):
             n_right = torch.tensor(0)
             for batch in torch.randperm(len(y), generator=rng).split(recipe.batch_size):
-                outputs = model(_channels_last(x[batch]))
+                outputs = model(x[batch])
                 optimizer.zero_grad()
                 F.cross_entropy(outputs, y[batch]).backward()
                 optimizer.step()
@@ -131,13 +140,7 @@ def _train(
                          f"accuracy {share:.3f}")  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    model.to(memory_format=torch.contiguous_format)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Strides of channels-last, which torch does not set by itself where there is one channel."""
-    n, c, h, w = x.shape
-    return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c)) if c == 1 else x
+    model.float()
 
 
 def _packed(model: nn.Module) -> bytes:

@@ -2,8 +2,8 @@
 
 Every function takes a severity in [0, 1] (the more, the stronger; 0 may change something, too) and
 a generator that it draws from in a fixed order: first what holds for the whole task (a direction,
-a mask), then what differs from image to image. N images x of shape (N, 1, 28, 28) in [0, 1] stay in
-that range.
+a mask), then what differs from image to image. N images x of shape (N, 1, 28, 28), float64, in
+[0, 1] stay in that range.
 """
 
 import math
@@ -29,9 +29,9 @@ def _sign(rng: Generator) -> float:
 
 
 def _ramp(rng: Generator) -> Tensor:
-    """A plane from 0 to 1 over the image, in a drawn direction; (28, 28)."""
+    """A plane from 0 to 1 over the image, in a drawn direction; (28, 28), float64."""
     angle = _uniform(rng, 0, 2 * math.pi)
-    axis = torch.linspace(-0.5, 0.5, SIZE)
+    axis = torch.linspace(-0.5, 0.5, SIZE, dtype=torch.float64)
     plane = math.cos(angle) * axis[:, None] + math.sin(angle) * axis[None, :]
     return (plane - plane.min()) / (plane.max() - plane.min())
 
@@ -41,7 +41,7 @@ def _ramp(rng: Generator) -> Tensor:
 
 def noise(x: Tensor, severity: float, rng: Generator) -> Tensor:
     """Gaussian noise on every pixel."""
-    return (x + 1.2 * severity * torch.randn(x.shape, generator=rng)).clamp(0, 1)
+    return (x + 1.2 * severity * torch.randn(x.shape, generator=rng, dtype=x.dtype)).clamp(0, 1)
 
 
 def contrast(x: Tensor, severity: float, rng: Generator) -> Tensor:
@@ -51,7 +51,7 @@ def contrast(x: Tensor, severity: float, rng: Generator) -> Tensor:
 
 def blur(x: Tensor, severity: float, rng: Generator) -> Tensor:
     """A Gaussian blur of up to 5.5 pixels standard deviation."""
-    offsets = torch.arange(-12, 13).float()
+    offsets = torch.arange(-12, 13).double()
     kernel = torch.exp(-0.5 * (offsets / (0.5 + 5 * severity)) ** 2)
     kernel = kernel / kernel.sum()
     x = F.conv2d(x, kernel.view(1, 1, 1, -1), padding=(0, 12))
@@ -82,7 +82,7 @@ def pixelate(x: Tensor, severity: float, rng: Generator) -> Tensor:
 def stripes(x: Tensor, severity: float, rng: Generator) -> Tensor:
     """Stripes, across or down, in which the image is inverted."""
     across = _uniform(rng) < 0.5
-    line = (torch.arange(SIZE) % 4 < 2).float() * severity
+    line = (torch.arange(SIZE) % 4 < 2).double() * severity
     pattern = line[:, None].expand(SIZE, SIZE)
     return (x - (pattern if across else pattern.T)).abs()
 
@@ -95,7 +95,7 @@ def invert(x: Tensor, severity: float, rng: Generator) -> Tensor:
 def dead(x: Tensor, severity: float, rng: Generator) -> Tensor:
     """Dead and hot pixels: the same for all images of a task."""
     broken = torch.rand((SIZE, SIZE), generator=rng) < 0.8 * severity
-    value = (torch.rand((SIZE, SIZE), generator=rng) < 0.5).float()
+    value = (torch.rand((SIZE, SIZE), generator=rng) < 0.5).double()
     return torch.where(broken, value, x)
 
 
@@ -104,7 +104,7 @@ def dead(x: Tensor, severity: float, rng: Generator) -> Tensor:
 
 def _warp(x: Tensor, rows: list[list[float]]) -> Tensor:
     """Resamples by an affine map of output to input coordinates, both in [-1, 1]."""
-    theta = torch.tensor([rows]).expand(len(x), 2, 3)
+    theta = torch.tensor([rows], dtype=x.dtype).expand(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False).clamp(0, 1)
 
@@ -134,7 +134,7 @@ def squeeze(x: Tensor, severity: float, rng: Generator) -> Tensor:
 def wave(x: Tensor, severity: float, rng: Generator) -> Tensor:
     """Rows or columns displaced along a sine of up to 7 pixels."""
     down, phase = _uniform(rng) < 0.5, _uniform(rng, 0, 2 * math.pi)
-    axis = (torch.arange(SIZE) + 0.5) * 2 / SIZE - 1
+    axis = (torch.arange(SIZE).double() + 0.5) * 2 / SIZE - 1
     vertical, horizontal = torch.meshgrid(axis, axis, indexing="ij")
     along = horizontal if down else vertical
     shift = severity * 14 / SIZE * torch.sin(2 * math.pi * along + phase)

@@ -140,18 +140,18 @@ def test_splits_of_a_task_do_not_share_memory(pools: Pools) -> None:
     for task in make_tasks("test", 8, pools=pools, seed=0, sizes=SIZES):
         for split in SPLITS:
             x, _ = task.split(split)
-            assert isinstance(x, Tensor)
+            assert isinstance(x, Tensor) and x.dtype == torch.float32
             assert x.untyped_storage().nbytes() == x.nbytes
 
 
 @pytest.mark.parametrize("family", SHIFTS, ids=lambda f: f.name)
 @pytest.mark.parametrize("severity", [0.0, 0.45, 1.0])
 def test_input_shifts_keep_shape_and_range(pools: Pools, family: Family, severity: float) -> None:
-    x = pools.test[0][:40]
+    x = pools.test[0][:40].double()
     before = x.clone()
     shifted = family.apply(x, severity, rng())
     assert torch.equal(x, before)
-    assert shifted.shape == x.shape and shifted.dtype == torch.float32
+    assert shifted.shape == x.shape and shifted.dtype == torch.float64
     assert shifted.min() >= 0 and shifted.max() <= 1
     assert torch.equal(shifted, family.apply(x, severity, rng()))
     if severity:

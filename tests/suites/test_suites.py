@@ -1,5 +1,7 @@
 """The registry: names, users' own suites, data that is not there, mnist-seed."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import nn
 
 import rlhf_ray.suites.images as images
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
+from rlhf_ray.digests import digest, tensor_digest
 from rlhf_ray.errors import InputError
 from rlhf_ray.levels import split_levels
 from rlhf_ray.suites import SUITES, load_suite, suite_defaults
@@ -106,6 +109,38 @@ def test_four_levels_split_the_same_model(digits: Suite, store: Path) -> None:
         for a, b in zip(four.model.parameters(), digits.model.parameters(), strict=True)
     )
     assert four.test_tasks[0].digest == digits.test_tasks[0].digest
+
+
+def digests_of(suite: Suite) -> list[str]:
+    return [tensor_digest(suite.model.state_dict()), *(task.digest for task in suite.tasks())]
+
+
+def test_the_suite_is_the_one_of_the_tables(digits: Suite) -> None:
+    """Other weights or tasks want the tables in `experiments` and the README made again."""
+    known = "afa65dc0203fb723"
+    assert digest(digests_of(digits))[:16] == known
+
+
+def test_a_suite_is_the_same_on_every_processor(digits: Suite) -> None:
+    """On this one with none of its vector instructions: no fused multiply-add, other sums."""
+    script = (
+        "import torch; from tests.suites.test_suites import digests_of, load_suite\n"
+        "print(torch.backends.cpu.get_cpu_capability())\n"
+        "print(*digests_of(load_suite('digits', n_train_tasks=10)))"
+    )
+    plain = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
+             "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **plain},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    capability, digests = run.stdout.splitlines()
+    assert capability in ("DEFAULT", "NO AVX")
+    assert digests.split() == digests_of(digits)
 
 
 @pytest.mark.parametrize(("name", "near"), [("digit", "digits"), ("fashion", "fashion-mnist")])
