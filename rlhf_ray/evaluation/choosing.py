@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.evaluation.bench import Bench, Candidate
-from rlhf_ray.evaluation.judging import Utility, report
+from rlhf_ray.evaluation.judging import Utility, finite_report
 from rlhf_ray.evaluation.rollouts import concurrently
 
 REPLICA = 0
@@ -74,7 +74,7 @@ def utilities(
             state = found[-1 if candidate.patience else min(n, len(found) - 1)].state
             best = len(state.best_path)
             if on_test and best not in tested:
-                tested[best] = report(bench.stages, state)
+                tested[best] = finite_report(bench.stages, state)
             metric = tested[best] if on_test else state.best
             values.append(utility.of(bench.spec.score(metric), state.cost, state.switches))
         return values

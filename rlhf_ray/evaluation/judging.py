@@ -4,6 +4,7 @@ What a fine-tuning returns is the state of the best val metric on its way, the s
 test metric is a report, never charged, never part of a decision.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -94,11 +95,27 @@ class Run:
 
 
 def report(stages: Stages, state: State) -> float:
-    """Test metric of the model that a fine-tuning returns. Not charged."""
+    """Test metric of the model that a fine-tuning returns; may be NaN. Not charged."""
     request = StageRequest(
         task=state.task, replica=state.replica, path=state.best_path, kind="test"
     )
     return stages.outcome(request).outcome.metric
+
+
+def finite_report(stages: Stages, state: State) -> float:
+    """The same, where methods are compared by it.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    metric = report(stages, state)
+    if not math.isfinite(metric):
+        raise InputError(
+            f"task {state.task!r}: the metric must give a finite number on test, got {metric} of a "
+            f"fine-tuned model (replica seed {state.replica}). Let it give one where it has none, "
+            "as for 0/0."
+        )
+    return metric
 
 
 def run_of(
@@ -207,6 +224,9 @@ def compare(
 
     Returns:
         Method -> its runs, ordered by task, then replica seed, whatever ended first.
+
+    Raises:
+        InputError: a test metric is not finite.
     """
     replicas = tuple(replicas)
     asked = [(method, task, r) for method in players for task in tasks for r in replicas]
@@ -214,7 +234,7 @@ def compare(
     def finish(item: tuple[str, str, int]) -> Run:
         method, task, replica = item
         episode = players[method](task, replica)
-        test = report(stages, episode.state)
+        test = finite_report(stages, episode.state)
         return run_of(spec, method, episode, utility=utility, test_metric=test)
 
     runs = concurrently(finish, asked, threads=threads, progress=progress)

@@ -1,4 +1,5 @@
 import json
+import math
 import threading
 
 import numpy as np
@@ -169,6 +170,20 @@ def test_judge_keeps_the_order_of_tasks_and_seeds_and_reports_progress():
     summary = summary_of(runs)
     assert summary["metric"] == pytest.approx(0.45)
     assert summary["utility"] == pytest.approx(0.45 - 0.002)
+
+
+def test_a_test_metric_that_is_no_number_is_refused():
+    spec, stages = spec_of(2), SyntheticStages(metric=lambda path, task: math.nan)
+    with pytest.raises(InputError, match="task 'a': the metric must give a finite number on test"):
+        judge(
+            spec,
+            Observer(groups=("level",)),
+            lambda level, features, mask: action(spec, "stop", level),
+            stages,
+            tasks=["a"],
+            replicas=[0],
+            utility=UTILITY,
+        )
 
 
 def test_concurrently_has_several_in_flight_and_passes_failures_on():
