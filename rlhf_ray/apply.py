@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,15 +86,21 @@ def _apply(arguments: list[str]) -> int:
         if options.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         terminal = stack.enter_context(Terminal(sys.stdout, quiet=options.quiet))
-        answer = _finetune(options, suite_options, output, terminal)
-    if options.json:
-        stdout.write(json.dumps(answer, indent=1) + "\n")
+        tuned, answer = _finetune(options, suite_options, terminal)
+        try:
+            if output is not None:
+                _save(tuned, output)
+                terminal.show_lines(f"The tuned weights are in {output}")
+                answer["output"] = str(output)
+        finally:  # the figures are not lost with the file
+            if options.json:
+                stdout.write(json.dumps(answer, indent=1) + "\n")
     return OK
 
 
 def _finetune(
-    options: ApplyOptions, suite_options: SuiteOptions, output: Path | None, terminal: Terminal
-) -> dict[str, Any]:
+    options: ApplyOptions, suite_options: SuiteOptions, terminal: Terminal
+) -> tuple["FineTuned", dict[str, Any]]:
     from rlhf_ray.engine.loaded_model import EngineSettings
     from rlhf_ray.policies.finetuning import finetune
     from rlhf_ray.policies.policy import Policy
@@ -116,17 +124,16 @@ def _finetune(
         device=options.device,
     )
     _show(terminal, tuned, policy, _metric_name(task), n_val=n_examples(task.val[0]))
-    if output is not None:
-        _save(tuned, output)
-        terminal.show_lines(f"The tuned weights are in {output}")
-    return _answer(options, suite, tuned, output)
+    return tuned, _answer(options, suite, tuned)
 
 
 def _show(
     terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str, *, n_val: int
 ) -> None:
-    from rlhf_ray.commands.tables import trace_table
+    from rlhf_ray.commands.tables import decimals, figure, trace_table
 
+    metrics = (tuned.start_metric, tuned.val_metric, tuned.start_test_metric, tuned.test_metric)
+    shown = partial(figure, digits=decimals(metrics))
     unit = "seconds" if policy.metadata["process"]["cost"] == "seconds" else "full stages"
     used = min(n_val, policy.metadata["process"]["val_size"])
     part = f" (on {used} of its {n_val} examples)" if used < n_val else ""
@@ -136,8 +143,8 @@ def _show(
     terminal.show(trace_table(tuned.trace, metric=metric, **figures))
     terminal.show("")
     terminal.say(
-        f"val {metric} {tuned.start_metric:.3f} -> {tuned.val_metric:.3f}{part}, "
-        f"test {metric} {tuned.start_test_metric:.3f} -> {tuned.test_metric:.3f}, "
+        f"val {metric} {shown(tuned.start_metric)} -> {shown(tuned.val_metric)}{part}, "
+        f"test {metric} {shown(tuned.start_test_metric)} -> {shown(tuned.test_metric)}, "
         f"cost {tuned.cost:.2f} {unit}, {tuned.switches} "
         + ("switch" if tuned.switches == 1 else "switches")
         + (f"; searching off this way took {tuned.search_cost:.2f}" if tuned.search_cost else "")
@@ -151,9 +158,7 @@ def _show(
         )
 
 
-def _answer(
-    options: ApplyOptions, suite: "Suite", tuned: "FineTuned", output: Path | None
-) -> dict[str, Any]:
+def _answer(options: ApplyOptions, suite: "Suite", tuned: "FineTuned") -> dict[str, Any]:
     return {
         "suite": suite.name,
         "task": options.task,
@@ -161,16 +166,21 @@ def _answer(
         "replica": options.replica,
         "start_metric": tuned.start_metric,
         "val_metric": tuned.val_metric,
-        "start_test_metric": tuned.start_test_metric,
-        "test_metric": tuned.test_metric,
+        "start_test_metric": _finite(tuned.start_test_metric),
+        "test_metric": _finite(tuned.test_metric),
         "cost": tuned.cost,
         "search_cost": tuned.search_cost,
         "stages": tuned.stages,
         "switches": tuned.switches,
         "trace": [dict(step) for step in tuned.trace],
         "failures": list(tuned.failures),
-        "output": str(output) if output else None,
+        "output": None,
     }
+
+
+def _finite(figure: float) -> float | None:
+    """None for what JSON has no word for."""
+    return figure if math.isfinite(figure) else None
 
 
 # -- input and output ------------------------------------------------------------------------------
@@ -194,9 +204,10 @@ def _checked_output(output: str | None) -> Path | None:
     """Looks before the work whether the result can be written after it."""
     if output is None:
         return None
-    path = Path(output).expanduser()
-    if path.is_dir():
-        raise InputError(f"output must be a file, got the folder output={output!r}.")
+    path = Path(output).expanduser().resolve()  # a link keeps leading where it leads
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise InputError(f"output must be a file, got the {kind} output={output!r}.")
     if not path.parent.is_dir():
         raise InputError(
             f"output must lie in a folder that exists, got output={output!r}. "
@@ -210,13 +221,19 @@ def _checked_output(output: str | None) -> Path | None:
 
 def _save(tuned: "FineTuned", path: Path) -> None:
     """Writes the state dict; the file is the old one or the new one, never a part."""
-    from safetensors.torch import save_model
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    state = {  # copies: tied tensors are in it by each of their names
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in tuned.model.state_dict().items()
+    }
     try:
-        save_model(tuned.model, str(part))
+        save_file(state, str(part))
         part.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter where the disk is full
         raise InputError(f"output must be writable, got {str(path)!r} ({error}).") from error
     finally:
         part.unlink(missing_ok=True)

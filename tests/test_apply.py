@@ -1,11 +1,14 @@
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sweep_files import small_suite
 
@@ -115,7 +118,8 @@ def test_json_holds_the_figures_and_the_same_replica_gives_the_same(policy, caps
     [
         ({"task": "test-1"}, "got task='test-1'. Did you mean"),
         ({"output": "none/tuned.safetensors"}, "output must lie in a folder that exists"),
-        ({"output": "."}, "output must be a file"),
+        ({"output": "."}, "output must be a file, got the folder"),
+        ({"output": os.devnull}, "output must be a file, got the device or pipe"),
         ({"replica": "-1"}, "replica must be at least 0, got replica=-1."),
         ({"device": "gpu"}, "--device must be one that exists"),
         ({"suite": "sweep_files:smal_suite"}, "Did you mean 'small_suite'?"),
@@ -165,6 +169,57 @@ def test_a_policy_for_other_levels_is_refused(policy, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "made for the same levels" in error
+
+
+def test_a_link_keeps_leading_where_it_leads(policy, tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "tuned.safetensors"
+    link.symlink_to(tmp_path / "there" / "weights.safetensors")
+    assert run_main(policy, "--output", str(link)) == 0
+    assert link.is_symlink()
+    assert load_file(tmp_path / "there" / "weights.safetensors")
+
+
+def test_tied_weights_are_saved_by_each_of_their_names(tmp_path):
+    tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    apply._save(SimpleNamespace(model=tied), tmp_path / "tied.safetensors")  # type: ignore[arg-type]
+    assert set(load_file(tmp_path / "tied.safetensors")) == set(tied.state_dict())
+    tied.load_state_dict(load_file(tmp_path / "tied.safetensors"))
+
+
+def test_figures_are_told_where_the_weights_cannot_be_written(
+    policy, tmp_path, capsys, monkeypatch
+):
+    def full(state: object, path: str) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    output = tmp_path / "tuned.safetensors"
+    assert run_main(policy, "--json", "--output", str(output)) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["output"] is None
+    assert "output must be writable" in captured.err and "No space left" in captured.err
+    assert not output.exists()
+
+
+def test_a_test_metric_that_is_no_number_is_null(policy, capsys, monkeypatch):
+    import dataclasses
+
+    import rlhf_ray as rr
+
+    def where_a_zero_is(outputs: torch.Tensor, y: torch.Tensor) -> float:
+        return 0.5 if 0 in y else math.nan
+
+    suite = small_suite()
+    x, y = suite.task("test-0").test
+    test = x[y != 0], y[y != 0]
+    metric = rr.Metric(name="odd", function=where_a_zero_is)
+    task = dataclasses.replace(suite.task("test-0"), metric=metric, test=test)
+    monkeypatch.setattr(rr.Suite, "task", lambda self, name: task if name == task.name else None)
+    monkeypatch.setattr("rlhf_ray.tasks.check_task", lambda model, task: None)
+    assert run_main(policy, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["test_metric"] is None
 
 
 def test_the_tuned_model_has_the_reported_metric(policy, tmp_path, capsys):

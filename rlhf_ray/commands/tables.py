@@ -6,7 +6,7 @@ or text. Names come from users: they are never taken for markup or control chara
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -45,16 +45,21 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Gro
     headers = ("", "trial", *SHORT.values(), metric, "cost", "switch", "utility")
     headers += ("others",) if shares else ()
     shown = _table("Trials, judged on the val tasks", headers, left=2)
+    digits = decimals(table["metric"])
     ordered = table.sort_values("utility", ascending=False, na_position="last")
     for row in ordered.head(MAX_ROWS).to_dict("records"):
         is_best = row["trial"] == best
         mark = ("*" if is_best else "") + ("f" if row["on_front"] else "")
         done = row["status"] == "done"
-        figures = [_figure(row[name]) for name in ("metric", "cost", "switches", "utility")]
+        figures = [
+            figure(row["metric"], digits),
+            *(figure(row[name]) for name in ("cost", "switches")),
+            figure(row["utility"], digits),
+        ]
         shown.add_row(
             mark,
             shortened(str(row["trial"]), 12),
-            *(f"{row[name]:.3g}" for name in SHORT),
+            *(f"{row[name]:.4g}" for name in SHORT),
             *(figures if done else [shortened(str(row["status"]), 8), "", "", ""]),
             *([str(row["episodes_of_others"]) if done else ""] if shares else []),
             style="bold" if is_best else "" if done else "dim",
@@ -68,9 +73,10 @@ def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Group:
     """The trials that no other beats in both metric and cost, cheapest first."""
     shown = _table(f"Front of {metric} against cost", ("cost", metric, "utility", "trial"), left=0)
     shown.columns[3].justify = "left"
+    digits = decimals(front["metric"])
     for row in front.head(MAX_ROWS).to_dict("records"):
-        figures = (_figure(row[name]) for name in ("cost", "metric", "utility"))
-        shown.add_row(*figures, shortened(str(row["trial"]), 30))
+        figures = (figure(row["metric"], digits), figure(row["utility"], digits))
+        shown.add_row(figure(row["cost"]), *figures, shortened(str(row["trial"]), 30))
     shown.caption = f"cost in {unit}" + _left_out(len(front))
     return _headed(shown)
 
@@ -79,10 +85,12 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Group:
     """The policy and the baselines on the test tasks, in the order given."""
     headers = ("method", metric, "+-", "cost", "switches", "utility", "rank")
     shown = _table("Methods on the test tasks", headers, left=1)
+    digits = decimals(methods["metric_mean"])
+    fine = ("metric_mean", "metric_sd", "utility_mean")  # in the metric's unit
     for name, row in methods.to_dict("index").items():
         shown.add_row(
             shortened(str(name), 26),
-            *(_figure(row[column]) for column in FIGURES),
+            *(figure(row[column], digits if column in fine else 3) for column in FIGURES),
             style="bold" if name == "policy" else "",
         )
     shown.caption = f"+- over replica seeds; cost in {unit}"
@@ -99,11 +107,12 @@ def differences_table(
     points = in_points(metric, higher_is_better=higher_is_better)
     headers = ("method", "points" if points else "mean", "from", "to", "worst")
     shown = _table("Utility: the policy minus each method", headers, left=1)
+    digits = 1 if points else decimals(found["mean"] for found in differences.values()) - 2
     for method, found in differences.items():
         cells = (found[name] for name in ("mean", "low", "high", "worst"))
         shown.add_row(
             shortened(method, 26),
-            *("-" if value is None else signed(value, points=points) for value in cells),
+            *("-" if value is None else signed(value, digits, points=points) for value in cells),
         )
     unit = "hundredths; " if points else ""
     shown.caption = f"{unit}95% interval over tasks;\nworst: on a single task"
@@ -119,7 +128,7 @@ def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Group:
             shortened(str(sweep["suite"]), 18),
             str(sweep["state"]),
             f"{sweep['trials_done']}/{sweep['trials']}",
-            _figure(sweep["utility"]),
+            figure(sweep["utility"], decimals([sweep["utility"]])),
         )
     return _headed(shown)
 
@@ -142,14 +151,15 @@ def trace_table(
     for position in (1, 2):
         shown.columns[position].justify = "left"
     start_cost = cost - sum(record["cost"] for record in trace)
-    shown.add_row("0", "", "start", _figure(start_metric), _figure(start_cost))
+    digits = decimals([start_metric, *(record["metric"] for record in trace)])
+    shown.add_row("0", "", "start", figure(start_metric, digits), figure(start_cost))
     for step, record in enumerate(trace, 1):
         shown.add_row(
             str(step),
             shortened(str(record["level"]), 20),
             shortened(str(record["operation"]), 24),
-            _figure(record["metric"]) + (" diverged" if record["diverged"] else ""),
-            _figure(record["cost"]),
+            figure(record["metric"], digits) + (" diverged" if record["diverged"] else ""),
+            figure(record["cost"]),
         )
     shown.caption = f"cost in {unit}"
     return _headed(shown)
@@ -173,8 +183,9 @@ def comparison(
         for name in NAMED_IN_WORDS
         if name in methods
     ]
+    reached = figure(own["metric_mean"], decimals([own["metric_mean"]]))
     begin = (
-        f"On the test tasks the policy reaches {printable(metric)} {own['metric_mean']:.3f} "
+        f"On the test tasks the policy reaches {printable(metric)} {reached} "
         f"at cost {own['cost_mean']:.2f}"
     )
     said = f"{begin}: {', '.join(against)}." if against else f"{begin}."
@@ -192,7 +203,7 @@ def _ahead(methods: Mapping[str, Mapping[str, float]], *, points: bool) -> str:
         return ""
     best = max(by_utility, key=lambda name: by_utility[name])
     lead = by_utility[best] - by_utility["policy"]
-    if lead < 5e-4:  # nothing of it would be seen
+    if lead <= (5e-4 if points else 5e-4 * abs(by_utility[best])):  # nothing of it would be seen
         return ""
     amount = f"{100 * lead:.1f} hundredths" if points else f"{lead:.3g}"
     return (
@@ -289,11 +300,21 @@ def _left_out(rows: int) -> str:
     return f"; {rows - MAX_ROWS} more rows are on the results page" if rows > MAX_ROWS else ""
 
 
-def _figure(value: float | None) -> str:
-    """Three decimals, or four digits where that would be long; "-" for none."""
+def decimals(values: Iterable[float | None]) -> int:
+    """How many show the largest of the values to three digits: 3, or more for small ones.
+
+    >>> decimals([0.91, 0.002]), decimals([1.2e-4, None])
+    (3, 6)
+    """
+    largest = max((abs(v) for v in values if v is not None and math.isfinite(v)), default=0.0)
+    return min(max(3, 2 - math.floor(math.log10(largest))), 12) if largest else 3
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """So many decimals, or four digits where that would be long; "-" for none."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _difference(

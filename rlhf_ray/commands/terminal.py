@@ -3,6 +3,7 @@
 `Terminal` is the `progress.Progress` of the commands. What is shown at the end stands in `tables`.
 """
 
+import io
 import re
 import sys
 import time
@@ -43,6 +44,8 @@ class Terminal:
     ) -> None:
         file = sys.stdout if file is None else file
         live = bool(file and file.isatty())
+        if isinstance(file, io.TextIOWrapper) and file.errors == "strict":
+            file.reconfigure(errors="replace")  # what the encoding lacks costs no result
         self.console = Console(
             file=file, force_terminal=live, width=None if live else WIDTH, highlight=False
         )

@@ -112,6 +112,16 @@ def test_quiet_shows_what_is_said_only():
     assert plain(show) == ["yes"]
 
 
+def test_what_an_encoding_lacks_is_replaced():
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="latin-1")
+    sweep = {"name": "x" * 40, "suite": "数据", "state": "finished", "utility": 0.9}
+    with Terminal(file) as terminal:
+        terminal.show(tables.sweeps_table([{**sweep, "trials_done": 1, "trials": 1}]))
+    file.flush()
+    assert "x" * 27 + "?" in raw.getvalue().decode("latin-1")
+
+
 def test_no_colours_where_they_are_not_wanted(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
@@ -281,6 +291,31 @@ def test_comparison_says_who_is_ahead_of_the_policy(metric, higher, amount):
     assert f"By utility full is ahead of it, by {amount}: more tasks" in said
     figures["full"]["utility_mean"], figures["optimum"] = 0.9001, {"utility_mean": 0.99}
     assert "ahead" not in tables.comparison(figures, metric=metric, higher_is_better=higher)
+
+
+def test_small_figures_are_told_to_three_digits(tmp_path):
+    figures = {
+        name: {"metric_mean": m, "metric_sd": 2e-6, "cost_mean": 0.5, "switches_mean": 1.0,
+               "utility_mean": -m, "rank_mean": 1.0}
+        for name, m in (("policy", 1.23e-4), ("full", 1.1e-4))
+    }  # fmt: skip
+    shown = tables.methods_table(pd.DataFrame(figures).T, metric="mse", unit="full stages")
+    lines = [line.split() for line in plain(lambda terminal: terminal.show(shown))]
+    assert ["policy", "0.000123", "0.000002", "0.500", "1.000", "-0.000123", "1.000"] in lines
+    said = tables.comparison(figures, metric="mse", higher_is_better=False)
+    assert "the policy reaches mse 0.000123 at cost 0.50: 1.3e-05 worse than full" in said
+    assert "By utility full is ahead of it, by 1.3e-05" in said
+    found = {"full": {"mean": -1.3e-5, "low": None, "high": None, "worst": -1.3e-5}}
+    shown = tables.differences_table(found, metric="mse", higher_is_better=False)
+    lines = [line.split() for line in plain(lambda terminal: terminal.show(shown))]
+    assert ["full", "-0.0000130", "-", "-", "-0.0000130"] in lines
+
+
+def test_swept_values_that_differ_are_told_apart(tmp_path):
+    write_sweep(tmp_path)
+    table = SearchResult.load(tmp_path / "small-1").table().assign(gamma=[0.9995, 0.9999, 0.99])
+    lines = plain(lambda t: t.show(tables.trials_table(table, None, metric="accuracy")))
+    assert {"0.9995", "0.9999", "0.99"} <= set(" ".join(lines).split())
 
 
 def test_comparison_without_baselines():
