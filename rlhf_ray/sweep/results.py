@@ -35,6 +35,10 @@ TABLE_COLUMNS = (
 )  # fmt: skip
 
 
+_RECORDED = {"suite", "state", "trials", "metric"}
+"""What `SWEEP_FILE` holds at least."""
+
+
 def trial_folder(sweep: str, trial: str) -> str:
     """Where a trial's files lie on the storage."""
     return f"{sweep}/trials/{trial}"
@@ -55,7 +59,7 @@ class SearchResult:
         self._storage = storage
         self.name = name
         sweep = storage.read_json(f"{name}/{SWEEP_FILE}")
-        if not isinstance(sweep, dict):
+        if not isinstance(sweep, dict) or not set(sweep) >= _RECORDED:
             raise InputError(f"a sweep must be there, got {name!r} under {storage.shown!r}.")
         self.sweep: dict[str, Any] = sweep
         summary = storage.read_json(f"{name}/{SUMMARY_FILE}")
@@ -203,14 +207,25 @@ def state_of(storage: Storage, name: str, sweep: Mapping[str, Any]) -> str:
 
 
 def list_sweeps(storage_path: str) -> list[dict[str, Any]]:
-    """The sweeps under a storage path: name, suite, state, trials, best utility, path."""
+    """The sweeps under a storage path: name, suite, state, trials, best utility, path.
+
+    One whose record cannot be read is in the state "unreadable".
+    """
     storage = open_storage(storage_path)
     found = []
     for name in storage.folders():
         if not storage.exists(f"{name}/{SWEEP_FILE}"):
             continue
-        found.append(listed(SearchResult(storage, name)))
+        try:
+            found.append(listed(SearchResult(storage, name)))
+        except InputError:
+            found.append(_unreadable(name, storage.shown_path(name)))
     return found
+
+
+def _unreadable(name: str, path: str) -> dict[str, Any]:
+    nothing = {"suite": "", "trials_done": 0, "trials": 0, "utility": None}
+    return {"name": name, "state": "unreadable", **nothing, "path": path}
 
 
 def listed(result: SearchResult) -> dict[str, Any]:

@@ -85,6 +85,21 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, name: str) -> None:
         SearchResult.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("record", ['{"name": ', "{}", "[]"])
+def test_a_record_that_cannot_be_read_hides_no_other_sweep(tmp_path: Path, record: str) -> None:
+    write_sweep(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sweep.json").write_text(record)
+    found = list_sweeps(str(tmp_path))
+    assert [(s["name"], s["state"]) for s in found] == [
+        ("broken", "unreadable"),
+        ("small-1", "finished"),
+    ]
+    assert set(found[0]) == set(found[1])
+    with pytest.raises(InputError, match="a sweep must be there, got 'broken'"):
+        SearchResult.load(tmp_path / "broken")
+
+
 def test_policies_go_through_any_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(tmp_path)
     policy().write(storage, "here/policy")
