@@ -115,11 +115,33 @@ def _submit(arguments: list[str]) -> int:
     _show_job(terminal, address, name)
     if options.detach:
         return OK
-    location = (details.metadata or {}).get(_STORAGE, "")
-    return _follow(client, options, name, location, terminal)
+    submitted = _Job(
+        client=client,
+        name=name,
+        location=(details.metadata or {}).get(_STORAGE, ""),
+        pip=cluster.packages_of(details),
+    )
+    return _follow(submitted, options, terminal)
 
 
 # -- what the command can do -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A job of the cluster.
+
+    Attributes:
+        client: of the cluster.
+        name: the job's.
+        location: its storage path; "" if it is not known.
+        pip: what the cluster installed for it; None: nothing.
+    """
+
+    client: "JobSubmissionClient"
+    name: str
+    location: str
+    pip: list[str] | None
 
 
 def _start(
@@ -160,18 +182,12 @@ def _start(
             )
 
 
-def _follow(
-    client: "JobSubmissionClient",
-    options: SubmitOptions,
-    name: str,
-    location: str,
-    terminal: Terminal,
-) -> int:
+def _follow(submitted: _Job, options: SubmitOptions, terminal: Terminal) -> int:
     from rlhf_ray.submission import cluster
 
-    log = _Log(terminal)
+    name, location, log = submitted.name, submitted.location, _Log(terminal)
     try:
-        ended = cluster.follow(client, name, log.write)
+        ended = cluster.follow(submitted.client, name, log.write)
     except KeyboardInterrupt:
         terminal.say(f"No longer followed; {name} runs on.")
         return INTERRUPTED
@@ -184,40 +200,44 @@ def _follow(
     if options.fetch is None:
         return ended.status
     try:
-        _fetch(client, Path(options.fetch), options.max_fetch_mb, (location, log.sweep), terminal)
+        _fetch(submitted, log.sweep, Path(options.fetch), options.max_fetch_mb, terminal)
     except RlhfRayError as error:
         terminal.say(f"error: {error}")
         return ended.status or FAILED
     return ended.status
 
 
-def _fetch(
-    client: "JobSubmissionClient",
-    folder: Path,
-    limit_mb: float,
-    sweep: tuple[str, str],
-    terminal: Terminal,
-) -> None:
+def _fetch(submitted: _Job, sweep: str, folder: Path, limit_mb: float, terminal: Terminal) -> None:
     """Copies a sweep's folder here: from object stores directly, else through a job's log."""
     from rlhf_ray.storage import open_storage
-    from rlhf_ray.submission import cluster
 
-    limit, (location, name) = int(limit_mb * MB), sweep
+    limit, location = int(limit_mb * MB), submitted.location
     if "://" in location and not open_storage(location).is_local:
-        files = archive.read_sweep(open_storage(location), name, limit)
+        files = archive.read_sweep(open_storage(location), sweep, limit)
     else:
-        words = ["python", "-m", "rlhf_ray.submission.archive", location, name, str(limit)]
-        with tempfile.TemporaryDirectory(prefix="rlhf_ray_") as scratch:
-            staging.stage(Path(scratch))
-            reader = cluster.submit(
-                client, shlex.join(words), folder=Path(scratch), metadata={_STORAGE: location}
-            )
-        log = cluster.output(client, reader, timeout_s=FETCH_TIMEOUT_S)
-        files = archive.from_text(log, limit)
-    target = folder.expanduser() / name
+        files = archive.from_text(_read_there(submitted, sweep, limit), limit)
+    target = folder.expanduser() / sweep
     archive.write_sweep(target, files)
     size_mb = sum(map(len, files.values())) / MB
     terminal.show_lines(f"Fetched {len(files)} files, {size_mb:.1f} MB: {target}")
+
+
+def _read_there(submitted: _Job, sweep: str, limit_bytes: int) -> str:
+    """The log of a job that reads a sweep on the cluster."""
+    from rlhf_ray.submission import cluster
+
+    location = submitted.location
+    words = ["python", "-m", "rlhf_ray.submission.archive", location, sweep, str(limit_bytes)]
+    with tempfile.TemporaryDirectory(prefix="rlhf_ray_") as scratch:
+        staging.stage(Path(scratch))
+        reader = cluster.submit(
+            submitted.client,
+            shlex.join(words),
+            folder=Path(scratch),
+            metadata={_STORAGE: location},
+            pip=submitted.pip,  # what reads needs packages, too; the cluster has kept them
+        )
+    return cluster.output(submitted.client, reader, timeout_s=FETCH_TIMEOUT_S)
 
 
 def _show_job(terminal: Terminal, address: str, name: str) -> None:

@@ -384,6 +384,81 @@ def test_follow_gives_up_when_the_cluster_is_gone(monkeypatch) -> None:
         cluster.follow(client, "a", lambda text: None)
 
 
+# -- fetching --------------------------------------------------------------------------------------
+
+
+class EndedJob:
+    """A client of a cluster whose job has ended; the job that reads its results runs here."""
+
+    def __init__(self, storage: Path | str, *, code: int = 0, runtime_env: dict | None = None):
+        self.storage, self.code, self.runtime_env = storage, code, runtime_env
+        self.log = "rlhf_ray sweep: small-1\n"
+        self.reader: dict | None = None  # what it was submitted with
+        self.asked = 0
+
+    async def tail_job_logs(self, job):
+        yield self.log
+
+    def get_job_info(self, job):
+        from ray.job_submission import JobStatus
+
+        self.asked += 1
+        code = 0 if job == "reader" else self.code
+        return types.SimpleNamespace(
+            status=JobStatus("FAILED" if code else "SUCCEEDED"), driver_exit_code=code, message="",
+            metadata={submit._STORAGE: str(self.storage)}, runtime_env=self.runtime_env,
+        )  # fmt: skip
+
+    def get_job_logs(self, job):
+        if job != "reader":
+            return self.log
+        assert self.reader is not None
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            archive.main(shlex.split(self.reader["entrypoint"])[3:])
+        return said.getvalue()
+
+    def submit_job(self, **given):
+        self.reader = given
+        return "reader"
+
+    def delete_job(self, job):
+        return True
+
+
+@pytest.fixture
+def ended(tmp_path, monkeypatch) -> EndedJob:
+    """The cluster that `submit` finds; its sweep can be fetched."""
+    pytest.importorskip("aiohttp", reason="needs the extra 'cluster'")
+    from rlhf_ray.submission import cluster
+
+    client = EndedJob(tmp_path / "there")
+    write_sweep(tmp_path / "there")
+    monkeypatch.setattr(cluster, "connect", lambda address: client)
+    monkeypatch.setattr(cluster, "RETRY_S", 0.0)
+    return client
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "expected"),
+    [
+        ({"pip": {"packages": ["tyro==1.0"], "pip_check": False}}, ["tyro==1.0"]),
+        ({"pip": {"packages": "/etc/passwd", "pip_check": False}}, None),  # Ray's client reads it
+        ({"pip": "/etc/passwd"}, None),
+        ({"working_dir": "gcs://a.zip"}, None),
+        (None, None),
+    ],
+)
+def test_fetch_reads_with_the_packages_that_the_job_had(
+    ended, tmp_path, runtime_env, expected
+) -> None:
+    ended.runtime_env = runtime_env
+    assert submit.main(["--follow", "a", "--fetch", str(tmp_path / "here")]) == 0
+    assert (tmp_path / "here/small-1/summary.json").is_file()
+    given = ended.reader["runtime_env"].get("pip")
+    assert (given and given["packages"]) == expected
+
+
 # -- on a cluster ----------------------------------------------------------------------------------
 
 

@@ -140,6 +140,14 @@ def submit(
     )
 
 
+def packages_of(details: JobDetails) -> list[str] | None:
+    """What the cluster installed for a job by pip; None: nothing."""
+    pip = (details.runtime_env or {}).get("pip")
+    packages = pip.get("packages") if isinstance(pip, dict) else None
+    # only a list: a text is the path of a file that Ray's client would read on this machine
+    return packages if isinstance(packages, list) else None
+
+
 def follow(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> Ended:
     """Shows a job's log from its begin to its end, whatever happens to the connection.
 
