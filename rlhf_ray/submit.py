@@ -117,6 +117,7 @@ def _submit(arguments: list[str]) -> int:
         return OK
     submitted = _Job(
         client=client,
+        address=address,
         name=name,
         location=(details.metadata or {}).get(_STORAGE, ""),
         pip=cluster.packages_of(details),
@@ -133,12 +134,14 @@ class _Job:
 
     Attributes:
         client: of the cluster.
+        address: of its job server.
         name: the job's.
         location: its storage path; "" if it is not known.
         pip: what the cluster installed for it; None: nothing.
     """
 
     client: "JobSubmissionClient"
+    address: str
     name: str
     location: str
     pip: list[str] | None
@@ -187,7 +190,8 @@ def _follow(submitted: _Job, options: SubmitOptions, terminal: Terminal) -> int:
 
     name, location, log = submitted.name, submitted.location, _Log(terminal)
     try:
-        ended = cluster.follow(submitted.client, name, log.write)
+        with cluster.answering(submitted.address):
+            ended = cluster.follow(submitted.client, name, log.write)
     except KeyboardInterrupt:
         terminal.say(f"No longer followed; {name} runs on.")
         return INTERRUPTED
@@ -203,6 +207,11 @@ def _follow(submitted: _Job, options: SubmitOptions, terminal: Terminal) -> int:
         _fetch(submitted, log.sweep, Path(options.fetch), options.max_fetch_mb, terminal)
     except RlhfRayError as error:
         terminal.say(f"error: {error}")
+        again = [*_own_command(submitted.address), "--follow", name, "--fetch", options.fetch]
+        terminal.show_lines(
+            "The results still lie on the cluster's storage. This fetches them:",
+            f"  {shlex.join(again)}",
+        )
         return ended.status or FAILED
     return ended.status
 
@@ -230,23 +239,29 @@ def _read_there(submitted: _Job, sweep: str, limit_bytes: int) -> str:
     words = ["python", "-m", "rlhf_ray.submission.archive", location, sweep, str(limit_bytes)]
     with tempfile.TemporaryDirectory(prefix="rlhf_ray_") as scratch:
         staging.stage(Path(scratch))
-        reader = cluster.submit(
-            submitted.client,
-            shlex.join(words),
-            folder=Path(scratch),
-            metadata={_STORAGE: location},
-            pip=submitted.pip,  # what reads needs packages, too; the cluster has kept them
-        )
-    return cluster.output(submitted.client, reader, timeout_s=FETCH_TIMEOUT_S)
+        with cluster.answering(submitted.address):
+            reader = cluster.submit(
+                submitted.client,
+                shlex.join(words),
+                folder=Path(scratch),
+                metadata={_STORAGE: location},
+                pip=submitted.pip,  # what reads needs packages, too; the cluster has kept them
+            )
+    with cluster.answering(submitted.address):
+        return cluster.output(submitted.client, reader, timeout_s=FETCH_TIMEOUT_S)
 
 
 def _show_job(terminal: Terminal, address: str, name: str) -> None:
-    own = [*PROG.split(), "--address", address]
+    own = _own_command(address)
     terminal.show_lines(
         f"job      {name}",
         f"follow   {shlex.join([*own, '--follow', name, '--fetch', 'DIR'])}",
         f"stop     {shlex.join([*own, '--stop', name])}",
     )
+
+
+def _own_command(address: str) -> list[str]:
+    return [*PROG.split(), "--address", address]
 
 
 class _Log:

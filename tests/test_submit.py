@@ -394,7 +394,7 @@ class EndedJob:
         self.storage, self.code, self.runtime_env = storage, code, runtime_env
         self.log = "rlhf_ray sweep: small-1\n"
         self.reader: dict | None = None  # what it was submitted with
-        self.asked = 0
+        self.raises: dict[str, list[Exception]] = {}  # call about the reader -> its next errors
 
     async def tail_job_logs(self, job):
         yield self.log
@@ -402,7 +402,7 @@ class EndedJob:
     def get_job_info(self, job):
         from ray.job_submission import JobStatus
 
-        self.asked += 1
+        self.answer("info", job)
         code = 0 if job == "reader" else self.code
         return types.SimpleNamespace(
             status=JobStatus("FAILED" if code else "SUCCEEDED"), driver_exit_code=code, message="",
@@ -410,6 +410,7 @@ class EndedJob:
         )  # fmt: skip
 
     def get_job_logs(self, job):
+        self.answer("logs", job)
         if job != "reader":
             return self.log
         assert self.reader is not None
@@ -419,11 +420,17 @@ class EndedJob:
         return said.getvalue()
 
     def submit_job(self, **given):
+        self.answer("submit")
         self.reader = given
         return "reader"
 
     def delete_job(self, job):
+        self.answer("delete", job)
         return True
+
+    def answer(self, call: str, job: str = "reader") -> None:
+        if job == "reader" and self.raises.get(call):
+            raise self.raises[call].pop(0)
 
 
 @pytest.fixture
@@ -457,6 +464,65 @@ def test_fetch_reads_with_the_packages_that_the_job_had(
     assert (tmp_path / "here/small-1/summary.json").is_file()
     given = ended.reader["runtime_env"].get("pip")
     assert (given and given["packages"]) == expected
+
+
+LOST = ConnectionError("Failed to connect")
+REFUSED = RuntimeError("Request failed with status code 500: pip failed.\n  at length")
+
+
+def test_fetch_outlives_lost_connections(ended, tmp_path) -> None:
+    ended.raises = {"info": [LOST, REFUSED], "logs": [LOST, REFUSED], "delete": [LOST]}
+    assert submit.main(["--follow", "a", "--fetch", str(tmp_path / "here")]) == 0
+    assert not any(ended.raises.values())
+    assert (tmp_path / "here/small-1/summary.json").is_file()
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ("submit", LOST, "got no answer from http://head:8265"),
+        ("submit", REFUSED, "refused: Request failed with status code 500: pip failed."),
+        ("info", LOST, "the cluster must answer, got no answer for 0 minutes."),
+        ("logs", REFUSED, "the cluster must answer, got no answer for 0 minutes."),
+    ],
+)
+def test_fetch_that_fails_says_how_to_fetch_and_keeps_the_status(
+    ended, tmp_path, monkeypatch, capsys, call, error, message, code, status
+) -> None:
+    monkeypatch.setattr("rlhf_ray.submission.cluster.GIVE_UP_S", 0.0)
+    ended.raises, ended.code = {call: [error] * 9}, code
+    here = str(tmp_path / "my results")
+    own = ["--address", "http://head:8265", "--follow", "a", "--fetch", here]
+    assert submit.main(own) == status
+    out = capsys.readouterr().out
+    assert message in " ".join(out.split())
+    *_, why, command = out.splitlines()
+    assert why == "The results still lie on the cluster's storage. This fetches them:"
+    assert shlex.split(command) == ["python", "-m", "rlhf_ray.submit", *own]
+
+
+def test_token_that_is_no_longer_good_is_one_line(ended, monkeypatch, capsys) -> None:
+    from ray.exceptions import AuthenticationError
+
+    def refused(job):
+        raise AuthenticationError("expired")
+
+    monkeypatch.setattr(ended, "tail_job_logs", refused)
+    assert submit.main(["--follow", "a"]) == 2
+    assert "must be given its token, got none or a wrong one" in capsys.readouterr().err
+
+
+def test_name_of_a_job_is_not_taken_for_a_missing_one() -> None:
+    pytest.importorskip("aiohttp", reason="needs the extra 'cluster'")
+    from rlhf_ray.submission import cluster
+
+    refused = RuntimeError("Request failed with status code 500: rlhf-ray-404 is pending.")
+    with (
+        pytest.raises(RlhfRayError, match=r"refused: .* rlhf-ray-404 is pending"),
+        cluster.answering("http://head:8265"),
+    ):
+        raise refused
 
 
 # -- on a cluster ----------------------------------------------------------------------------------

@@ -10,15 +10,18 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from rlhf_ray.commands.command_line import FAILED, INTERRUPTED, OK
 from rlhf_ray.errors import InputError, RlhfRayError
+
+T = TypeVar("T")
 
 SILENT_S = 30.0
 """After so long without a word the connection is made anew: it does not outlive a closed lid."""
@@ -27,10 +30,7 @@ RETRY_S = 2.0
 """Between two tries to reach a cluster that did not answer."""
 
 GIVE_UP_S = 600.0
-"""How long a cluster may not answer while a job is followed."""
-
-_LOST = (OSError, RuntimeError, asyncio.TimeoutError)
-"""What the client raises when the cluster does not answer, or not sensibly; see `_others`."""
+"""How long a cluster may not answer while a job is followed, or its results are fetched."""
 
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that would override the address that is given."""
@@ -102,7 +102,7 @@ def answering(address: str) -> Iterator[None]:
             raise InputError(
                 f"a Ray cluster's job server must answer at {address}, got another server."
             ) from error
-        if "404" in reason:
+        if "status code 404" in reason:
             raise InputError(
                 f"a job of the cluster at {address} must be named, got: {reason}"
             ) from error
@@ -174,7 +174,7 @@ def follow(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -
             if details.status.is_terminal():
                 show_more(client.get_job_logs(job)[shown:])
                 return _ended(details)
-        except _LOST + _others() as error:
+        except _lost() as error:
             if time.monotonic() - answered > GIVE_UP_S:
                 raise RlhfRayError(
                     f"the cluster must answer, got no answer for {GIVE_UP_S / 60:.0f} minutes. "
@@ -200,10 +200,11 @@ async def _tail(
             show(new)
 
 
-def _others() -> tuple[type[Exception], ...]:
+def _lost() -> tuple[type[Exception], ...]:
+    """What the client raises when the cluster does not answer, or not sensibly."""
     import aiohttp  # comes with Ray's extra "default"
 
-    return (aiohttp.ClientError,)
+    return (OSError, RuntimeError, asyncio.TimeoutError, aiohttp.ClientError)
 
 
 def _ended(details: JobDetails) -> Ended:
@@ -222,17 +223,34 @@ def output(client: JobSubmissionClient, job: str, *, timeout_s: float) -> str:
     """Waits for a job that says little, forgets it, and returns its log.
 
     Raises:
-        RlhfRayError: it failed, or did not end in time.
+        RlhfRayError: it failed, or did not end in time; or the cluster has not answered for
+            `GIVE_UP_S`.
     """
     end = time.monotonic() + timeout_s
-    while not (details := client.get_job_info(job)).status.is_terminal():
+    while not (details := _answer(client.get_job_info, job)).status.is_terminal():
         if time.monotonic() > end:
-            client.stop_job(job)
+            with suppress(*_lost()):
+                client.stop_job(job)
             raise RlhfRayError(f"the job {job} must end in {timeout_s:.0f} s, got no end.")
         time.sleep(0.5)
-    log = client.get_job_logs(job)
-    client.delete_job(job)
+    log = _answer(client.get_job_logs, job)
+    with suppress(*_lost()):  # all that is wanted is here
+        client.delete_job(job)
     if details.status != JobStatus.SUCCEEDED:
         reason = (log.strip().splitlines() or [details.message or ""])[-1]
         raise RlhfRayError(f"the results must be readable on the cluster, got: {reason}")
     return log
+
+
+def _answer(ask: Callable[[str], T], job: str) -> T:
+    """What the cluster answers about a job, however often the connection is lost before."""
+    began = time.monotonic()
+    while True:
+        try:
+            return ask(job)
+        except _lost() as error:
+            if time.monotonic() - began > GIVE_UP_S:
+                raise RlhfRayError(
+                    f"the cluster must answer, got no answer for {GIVE_UP_S / 60:.0f} minutes."
+                ) from error
+        time.sleep(RETRY_S)
