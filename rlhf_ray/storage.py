@@ -72,8 +72,7 @@ class Storage:
 
     def shown_path(self, name: str) -> str:
         """How messages name a file or folder, free of secrets; `open_storage` takes it again."""
-        root, mark, options = self.shown.partition("?") if self._uri else (self.shown, "", "")
-        return f"{root.rstrip('/')}/{name}{mark}{options}"
+        return below(self.shown, name)
 
     def opened(self, name: str) -> tuple[fs.FileSystem, str]:
         """The pyarrow filesystem and a path on it, for other libraries that write there."""
@@ -309,6 +308,17 @@ def parent_of(path: str | Path) -> tuple[Storage, str]:
     if "://" not in parent:
         raise InputError(f"the path must lie in a bucket or folder, got {without_secrets(uri)!r}.")
     return open_storage(parent + mark + options), name
+
+
+def below(location: str, name: str) -> str:
+    """Where a file or folder of a storage path lies, as messages name it; opens nothing.
+
+    >>> below("/shared/runs/", "digits-1"), below("s3://KEY:SECRET@b/runs?region=eu", "digits-1")
+    ('/shared/runs/digits-1', 's3://b/runs/digits-1?region=eu')
+    """
+    shown = without_secrets(location)
+    root, mark, options = shown.partition("?") if "://" in shown else (shown, "", "")
+    return f"{root.rstrip('/')}/{name}{mark}{options}"
 
 
 def without_options(path: str) -> str:

@@ -186,6 +186,7 @@ def _start(
 
 
 def _follow(submitted: _Job, options: SubmitOptions, terminal: Terminal) -> int:
+    from rlhf_ray.storage import below
     from rlhf_ray.submission import cluster
 
     name, location, log = submitted.name, submitted.location, _Log(terminal)
@@ -200,7 +201,8 @@ def _follow(submitted: _Job, options: SubmitOptions, terminal: Terminal) -> int:
         terminal.say(f"{name}: {ended.reason}")
     if log.sweep is None or not location:
         return ended.status
-    terminal.show_lines("", f"The results are on the cluster's storage: {location}/{log.sweep}")
+    where = printable(below(location, log.sweep))
+    terminal.show_lines("", f"The results are on the cluster's storage: {where}")
     if options.fetch is None:
         return ended.status
     try:

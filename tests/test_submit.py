@@ -176,8 +176,9 @@ def test_job_names_its_sweep(monkeypatch, capsys) -> None:
     assert job.main(["--", "--suite", "digits"]) == 3
     (line,) = capsys.readouterr().out.splitlines()
     assert job.sweep_in(line) == "digits-1"
-    for bad in ("rlhf_ray sweep: ..", "rlhf_ray sweep: a/b", "rlhf_ray sweep: ", f" {line}"):
-        assert job.sweep_in(bad) is None
+    for bad in ("..", ".", ".ssh", "a/b", "", "x\x1b]0;gone", "x\0y", "x\x9b2J", "x\u202ey", "x\r"):
+        assert job.sweep_in(f"rlhf_ray sweep: {bad}") is None
+    assert job.sweep_in(f" {line}") is None
 
 
 # -- what comes back -------------------------------------------------------------------------------
@@ -464,6 +465,31 @@ def test_fetch_reads_with_the_packages_that_the_job_had(
     assert (tmp_path / "here/small-1/summary.json").is_file()
     given = ended.reader["runtime_env"].get("pip")
     assert (given and given["packages"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("/shared/runs", "/shared/runs/small-1"),
+        ("s3://bucket/runs?region=us-west-2", "s3://bucket/runs/small-1?region=us-west-2"),
+        ("s3://KEY:SECRET@bucket/runs", "s3://bucket/runs/small-1"),
+        ("/shared/\x1b]0;gone\x07", "/shared/?]0;gone?/small-1"),
+    ],
+)
+def test_place_of_the_results_is_one_that_can_be_opened(ended, capsys, location, shown) -> None:
+    ended.storage = location
+    assert submit.main(["--follow", "a"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"The results are on the cluster's storage: {shown}"
+
+
+def test_line_of_the_log_that_names_no_folder_is_shown_and_fetches_nothing(
+    ended, tmp_path, capsys
+) -> None:
+    ended.log = "rlhf_ray sweep: small-1\0\n"
+    assert submit.main(["--follow", "a", "--fetch", str(tmp_path / "here")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "rlhf_ray sweep: small-1?"
+    assert not (tmp_path / "here").exists()
 
 
 LOST = ConnectionError("Failed to connect")

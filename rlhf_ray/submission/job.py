@@ -29,9 +29,12 @@ def entrypoint(expected: Mapping[str, str], flags: Sequence[str]) -> str:
 
 
 def sweep_in(line: str) -> str | None:
-    """The sweep that a line of a job's log names, or None."""
-    match = re.fullmatch(rf"{_MARK}([^/\\\s][^/\\]*)", line)
-    return match[1] if match and match[1] != ".." else None
+    """The sweep that a line of a job's log names, or None.
+
+    The cluster's word: it is shown, and a folder here is named after it.
+    """
+    match = re.fullmatch(rf"{_MARK}([^/\\\s.][^/\\]*)", line)  # no dot at its begin, as by launch
+    return match[1] if match and match[1].isprintable() else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
