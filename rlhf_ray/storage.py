@@ -27,7 +27,11 @@ from rlhf_ray.errors import InputError, StorageError
 _PART = ".part"
 """Ends the names of local files that are being written; a killed writer leaves them behind."""
 
-HARMLESS = ("region", "scheme", "endpoint_override", "location", "project_id")
+HARMLESS = (
+    "region", "scheme", "endpoint_override",  # of S3
+    "location", "project_id",  # of Google's
+    "enable_tls", "blob_storage_authority", "dfs_storage_authority", "credential_kind",  # of Azure
+)  # fmt: skip
 """Options of a URI that messages may show: where the storage is, not how one gets in."""
 
 
@@ -350,23 +354,39 @@ def without_secrets(uri: str) -> str:
 
     >>> without_secrets("s3://KEY:SECRET@bucket/runs?region=eu-west-1&session_token=abc")
     's3://bucket/runs?region=eu-west-1'
+    >>> without_secrets("abfss://container:KEY@account.dfs.core.windows.net/runs")
+    'abfss://container@account.dfs.core.windows.net/runs'
     """
     if "://" not in uri:
         return uri
     bare, _, query = uri.partition("?")
+    kind, _, place = bare.partition("://")
+    user = user_of(uri)
+    if user:
+        name = user.partition(":")[0] if kind.lower() in _AZURE else ""
+        place = (f"{name}@" if name else "") + place.removeprefix(f"{user}@")
     options = [option for option in query.split("&") if option.partition("=")[0] in HARMLESS]
-    return _USER.sub("//", bare, count=1) + ("?" + "&".join(options) if options else "")
+    return f"{kind}://{place}" + ("?" + "&".join(options) if options else "")
 
 
 def user_of(uri: str) -> str:
     """What stands before the @ of a URI: a user, or a key and its secret; "" if nothing does.
 
+    A container or account of Azure alone is part of the place, and no user.
+
     >>> user_of("s3://KEY:SEC/RET@bucket/runs"), user_of("s3://bucket/me@home")
     ('KEY:SEC/RET', '')
     """
-    found = _USER.search(uri.partition("?")[0]) if "://" in uri else None
-    return found[1] or found[2] or "" if found else ""
+    kind, mark, place = uri.partition("?")[0].partition("://")
+    found = _USERS.get(kind.lower(), _USER).match(place)
+    return found[1] if mark and found else ""
 
 
-_USER = re.compile(r"(?<=^s3:)//([^/@:]*:[^@]*)@|//([^/@]*)@")
-"""Keys of S3 may hold slashes, which end what other readers take for the user."""
+_AZURE = ("abfs", "abfss")
+
+_USER = re.compile(r"([^/@]*)@")
+_USERS = {
+    "s3": re.compile(r"([^/@:]*:[^@]*|[^/@]*)@"),
+    **dict.fromkeys(_AZURE, re.compile(r"([^/@:]*:[^@]*)@")),
+}
+"""Keys of S3 and Azure may hold slashes, which end what other readers take for the user."""

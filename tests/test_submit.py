@@ -276,6 +276,8 @@ def test_fetch_of_no_sweep_says_so(tmp_path, capsys) -> None:
         (["--", "--storage-path", "runs"], "absolute path that all nodes share"),
         (["--", "--storage-path", "s3://KEY:SECRET@bucket/x"], "must hold no key"),
         (["--", "--storage-path", "s3://KEY:SEC/SECRET@bucket/x"], "must hold no key"),
+        (["--", "--storage-path", "abfs://box:SECRET@acc.dfs.host/x"], "must hold no key"),
+        (["--", "--storage-path", "abfs://box@acc.dfs.host/x?client_secret=SECRET"], "no key"),
         (
             ["--", "--storage-path", "/shared/x", "--mlflow", "postgresql://me:PASS@db/x"],
             "mlflow must be a URI without a user, password",
@@ -302,6 +304,20 @@ def test_bad_flags_are_refused_before_anything_is_sent(arguments, message, capsy
     said = capsys.readouterr().err
     assert message in said
     assert "SECRET" not in said
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "/shared/runs",
+        "s3://bucket/runs?region=us-west-2",
+        "s3://anonymous@bucket/runs",
+        "abfss://box@acc.dfs.core.windows.net/runs",
+        "abfss://box@acc.dfs.core.windows.net/runs?credential_kind=workload_identity",
+    ],
+)
+def test_storage_without_a_key_is_taken(location) -> None:
+    submit.check_launch_flags(["--storage-path", location])
 
 
 def test_address_comes_from_the_flag_then_the_environment() -> None:
