@@ -104,12 +104,13 @@ def _finetune(
     from rlhf_ray.engine.loaded_model import EngineSettings
     from rlhf_ray.policies.finetuning import finetune
     from rlhf_ray.policies.policy import Policy
-    from rlhf_ray.storage import open_storage
+    from rlhf_ray.storage import open_storage, without_secrets
     from rlhf_ray.tasks import n_examples
 
     EngineSettings(device=options.device)  # loading the suite may pretrain for minutes
     policy = Policy.load(options.policy)
-    terminal.message(f"policy  {options.policy}: made for levels {', '.join(policy.levels)}")
+    named = without_secrets(options.policy)
+    terminal.message(f"policy  {named}: made for levels {', '.join(policy.levels)}")
     kept = str(open_storage(options.storage_path).local_path() or ApplyOptions.storage_path)
     suite = suite_options.load(kept, terminal.message)
     task = suite.task(options.task)
@@ -159,10 +160,12 @@ def _show(
 
 
 def _answer(options: ApplyOptions, suite: "Suite", tuned: "FineTuned") -> dict[str, Any]:
+    from rlhf_ray.storage import without_secrets
+
     return {
         "suite": suite.name,
         "task": options.task,
-        "policy": options.policy,
+        "policy": without_secrets(options.policy),
         "replica": options.replica,
         "start_metric": tuned.start_metric,
         "val_metric": tuned.val_metric,
@@ -204,6 +207,13 @@ def _checked_output(output: str | None) -> Path | None:
     """Looks before the work whether the result can be written after it."""
     if output is None:
         return None
+    if "://" in output:
+        from rlhf_ray.storage import without_secrets
+
+        raise InputError(
+            "output must be a file of this machine, got the URI "
+            f"output={without_secrets(output)!r}. Copy it there afterwards."
+        )
     path = Path(output).expanduser().resolve()  # a link keeps leading where it leads
     if path.exists() and not path.is_file():
         kind = "folder" if path.is_dir() else "device or pipe"

@@ -164,14 +164,16 @@ def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> i
 
 def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
     from rlhf_ray.commands.tables import sweeps_table
+    from rlhf_ray.storage import without_secrets
     from rlhf_ray.sweep.results import list_sweeps
 
     sweeps = list_sweeps(config.storage_path)
+    where = without_secrets(config.storage_path)
     if sweeps:
         terminal.show(sweeps_table(sweeps))
-        terminal.show_lines(f"under {config.storage_path}")
+        terminal.show_lines(f"under {where}")
     else:
-        terminal.message(f"There are no sweeps under {config.storage_path}.")
+        terminal.message(f"There are no sweeps under {where}.")
     return sweeps
 
 
@@ -371,7 +373,7 @@ def _show_next_steps(
     terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
 ) -> None:
     from rlhf_ray.commands.tables import copyable
-    from rlhf_ray.storage import without_options
+    from rlhf_ray.storage import without_options, without_secrets
     from rlhf_ray.sweep.results import BEST_POLICY
 
     directory = str(result.directory)
@@ -382,7 +384,7 @@ def _show_next_steps(
         *_suite_flags(options), "--task", task, "--output", "tuned.safetensors",
     ]  # fmt: skip
     if config.storage_path != SearchConfig.storage_path:
-        apply += ["--storage-path", config.storage_path]
+        apply += ["--storage-path", without_secrets(config.storage_path)]
     steps = {
         "TensorBoard:": ["tensorboard", "--logdir", without_options(directory)],
         "Results page, live:": ["python", "-m", "rlhf_ray.report", directory, "--serve"],
@@ -502,8 +504,10 @@ def _scratch_copy(location: str) -> Iterator[str]:
 
 
 def _again(arguments: Sequence[str]) -> str:
-    """The command that goes on where this one ended."""
-    rest = [word for word in arguments if word != "--fresh"]
+    """The command that goes on where this one ended; keys of a URI are left to be put in again."""
+    from rlhf_ray.storage import shown_word
+
+    rest = [shown_word(word) for word in arguments if word != "--fresh"]
     return shlex.join([*PROG.split(), *rest])
 
 

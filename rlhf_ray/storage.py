@@ -369,6 +369,15 @@ def without_secrets(uri: str) -> str:
     return f"{kind}://{place}" + ("?" + "&".join(options) if options else "")
 
 
+def shown_word(word: str) -> str:
+    """A word of a command line as messages show it: without the secrets of a URI that it holds.
+
+    >>> shown_word("--storage-path=s3://KEY:SEC/RET@bucket/runs"), shown_word("--fresh")
+    ('--storage-path=s3://bucket/runs', '--fresh')
+    """
+    return _URI.sub(lambda found: without_secrets(found[0]), word, count=1)
+
+
 def user_of(uri: str) -> str:
     """What stands before the @ of a URI: a user, or a key and its secret; "" if nothing does.
 
@@ -381,6 +390,8 @@ def user_of(uri: str) -> str:
     found = _USERS.get(kind.lower(), _USER).match(place)
     return found[1] if mark and found else ""
 
+
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://.*", re.IGNORECASE | re.DOTALL)
 
 _AZURE = ("abfs", "abfss")
 

@@ -139,6 +139,23 @@ def test_bad_input_is_one_line(policy, arguments, message, tmp_path, capsys, mon
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
 
 
+def test_keys_of_the_policys_uri_are_not_shown(policy, monkeypatch, capsys):
+    loaded, uri = Policy.load(policy), "s3://AKID:SEC/RET@bucket/best_policy?region=eu"
+    monkeypatch.setattr(Policy, "load", lambda path: loaded)
+    assert run_main(uri, "--json") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["policy"] == "s3://bucket/best_policy?region=eu"
+    assert "policy  s3://bucket/best_policy?region=eu: made for levels" in captured.err
+    assert "AKID" not in captured.out + captured.err
+
+
+def test_output_on_an_object_store_is_refused_without_its_keys(policy, capsys):
+    assert run_main(policy, "--output", "s3://AKID:SECRET@bucket/tuned.safetensors") == 2
+    error = capsys.readouterr().err
+    assert "a file of this machine, got the URI output='s3://bucket/tuned.safetensors'." in error
+    assert "AKID" not in error
+
+
 def test_what_must_be_given_is_asked_for(capsys):
     assert apply.main(["--task", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: --policy must be given (folder with")

@@ -16,7 +16,7 @@ from rlhf_ray.commands.command_line import TIME_IS_UP
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.errors import InputError, StorageError
 from rlhf_ray.storage import Storage, open_storage
-from rlhf_ray.sweep.results import SearchResult
+from rlhf_ray.sweep.results import SearchResult, list_sweeps
 
 
 @dataclass
@@ -383,6 +383,67 @@ def test_one_of_a_kind_is_not_in_the_plural(sweep, capsys):
     assert run_main(sweep, *flags) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "2 trials of 1 episode with dqn; at most 1 stage each; 1 replica seed " in out
+
+
+# -- keys of the storage's URI
+
+
+URI = "s3://AKID:SEC/RET@bucket/runs?region=eu&session_token=SECRET"
+SHOWN = "s3://bucket/runs?region=eu"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--storage-path", URI, "--fresh"], ["--storage-path", SHOWN]),
+        ([f"--storage-path={URI}"], [f"--storage-path={SHOWN}"]),
+        (["--rllib", f"where={URI}", "lr=1"], ["--rllib", f"where={SHOWN}", "lr=1"]),
+    ],
+)
+def test_the_command_that_goes_on_holds_no_keys(words, shown):
+    assert shlex.split(launch._again(words)) == ["python", "-m", "rlhf_ray.launch", *shown]
+
+
+@pytest.mark.parametrize("found", [[], ["one"]])
+def test_list_shows_no_keys(found, tmp_path, monkeypatch, capsys):
+    for name in found:
+        write_sweep(tmp_path, name=name)
+    there = list_sweeps(str(tmp_path))
+    monkeypatch.setattr("rlhf_ray.sweep.results.list_sweeps", lambda location: there)
+    assert launch.main(["--list", "--storage-path", URI]) == 0
+    out = capsys.readouterr().out
+    assert f"under {SHOWN}" in out
+    assert "AKID" not in out and "RET" not in out
+
+
+def test_next_steps_show_no_keys(tmp_path, capsys):
+    write_sweep(tmp_path)
+    result = SearchResult(open_storage(tmp_path), "small-1")
+    config = SearchConfig(storage_path=URI)
+    launch._show_next_steps(launch.Terminal(sys.stdout), result, launch.SuiteOptions(), config)
+    out = capsys.readouterr().out
+    assert f"--storage-path '{SHOWN}'" in " ".join(out.replace("\\\n", "").split())
+    assert "AKID" not in out and "RET" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([URI], f"must follow a flag that takes it, got {SHOWN} (see --help)."),
+        (
+            ["--fresh", URI.replace("bucket", "b" * 80)],
+            "must follow a flag that takes it, got --fr",
+        ),
+        (["--storage-path", URI, "stray"], f"got --storage-path {SHOWN} stray (see --help)."),
+        (["--horizon", URI], f"got --horizon={SHOWN}."),
+        ([f"--horizon={URI}"], f"got --horizon={SHOWN}."),
+    ],
+)
+def test_what_is_said_of_a_misplaced_uri_shows_no_keys(words, message, capsys):
+    assert launch.main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "AKID" not in error and "RET" not in error
 
 
 # -- list, dry run

@@ -312,12 +312,17 @@ def _default_hint(flag: Flag) -> str:
 
 def _rephrased(complaint: str, argv: Sequence[str], flags: Mapping[str, Flag]) -> InputError:
     """Tyro's box of several lines as one line of ours."""
+    from rlhf_ray.storage import shown_word
+
+    shown = [shown_word(word) for word in argv]
     first = next((name for name in re.findall(r"--[\w-]+", complaint) if name in flags), None)
     if first is None or "Unrecognized" in complaint:
         stray = re.search(r"[Uu]nrecognized options: ([^\n│]*)", complaint)
-        got = repr(stray[1].strip()) if stray else " ".join(argv)
+        # the box may cut a URI in two, and its keys would not be known as such
+        quote = stray if shown == list(argv) else None
+        got = repr(quote[1].strip()) if quote else " ".join(shown)
         return InputError(f"every value must follow a flag that takes it, got {got} (see --help).")
-    flag, given = flags[first], " ".join(_values(argv, first))
+    flag, given = flags[first], " ".join(_values(shown, first))
     if typing.get_origin(flag.kind) is Literal and given:
         return unknown_name(first, given, typing.get_args(flag.kind))
     return InputError(

@@ -15,7 +15,7 @@ from rlhf_ray.operations import KINDS
 from rlhf_ray.report import accounts
 from rlhf_ray.report.explain import Explanation, explain
 from rlhf_ray.report.trials import digest_of, unfinished
-from rlhf_ray.storage import Storage, parent_of, without_options
+from rlhf_ray.storage import Storage, parent_of, without_options, without_secrets
 from rlhf_ray.sweep.results import (
     BASELINES_FILE,
     BEST_POLICY,
@@ -47,7 +47,8 @@ def at(path: str | Path) -> tuple[Storage, str]:
         return storage, name
     inside = [f for f in storage.folders(name) if storage.exists(f"{name}/{f}/{SWEEP_FILE}")]
     hint = f"It holds the sweeps {', '.join(inside[:8])}." if inside else "See --list of launch."
-    raise InputError(f"the folder must be a sweep's (with {SWEEP_FILE}), got {str(path)!r}. {hint}")
+    got = without_secrets(str(path))
+    raise InputError(f"the folder must be a sweep's (with {SWEEP_FILE}), got {got!r}. {hint}")
 
 
 class Gatherer:

@@ -406,6 +406,16 @@ def test_bad_input_is_one_line(arguments, message, storage, tmp_path, monkeypatc
     assert error.count("\n") == 1
 
 
+def test_keys_of_a_folder_that_is_no_sweeps_are_not_shown(storage, monkeypatch, capsys):
+    monkeypatch.setattr("rlhf_ray.report.gathering.parent_of", lambda path: (storage, "absent"))
+    uri = "s3://AKID:SEC/RET@bucket/absent"
+    for arguments in ([uri], [uri, "--serve"], ["--serve", uri]):  # the folder must come first
+        assert command.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "s3://bucket/absent" in error
+        assert "AKID" not in error and "RET" not in error
+
+
 def test_the_report_needs_no_ray():
     code = (
         "import sys, rlhf_ray.report.live, rlhf_ray.report.serving, rlhf_ray.report.__main__\n"
