@@ -15,6 +15,7 @@ from rlhf_ray.commands import command_line
 from rlhf_ray.commands.command_line import OK, Flag, SuiteOptions
 from rlhf_ray.commands.terminal import Terminal
 from rlhf_ray.errors import InputError
+from rlhf_ray.uris import without_secrets
 
 if TYPE_CHECKING:
     from rlhf_ray.policies.finetuning import FineTuned
@@ -104,7 +105,7 @@ def _finetune(
     from rlhf_ray.engine.loaded_model import EngineSettings
     from rlhf_ray.policies.finetuning import finetune
     from rlhf_ray.policies.policy import Policy
-    from rlhf_ray.storage import open_storage, without_secrets
+    from rlhf_ray.storage import open_storage
     from rlhf_ray.tasks import n_examples
 
     EngineSettings(device=options.device)  # loading the suite may pretrain for minutes
@@ -160,8 +161,6 @@ def _show(
 
 
 def _answer(options: ApplyOptions, suite: "Suite", tuned: "FineTuned") -> dict[str, Any]:
-    from rlhf_ray.storage import without_secrets
-
     return {
         "suite": suite.name,
         "task": options.task,
@@ -208,8 +207,6 @@ def _checked_output(output: str | None) -> Path | None:
     if output is None:
         return None
     if "://" in output:
-        from rlhf_ray.storage import without_secrets
-
         raise InputError(
             "output must be a file of this machine, got the URI "
             f"output={without_secrets(output)!r}. Copy it there afterwards."

@@ -264,7 +264,7 @@ class SearchConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, for records."""
-        from rlhf_ray.storage import without_secrets
+        from rlhf_ray.uris import without_secrets
 
         data = dataclasses.asdict(self) | {"storage_path": without_secrets(str(self.storage_path))}
         return json.loads(json.dumps(data, default=str))

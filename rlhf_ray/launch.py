@@ -23,6 +23,7 @@ from rlhf_ray.commands.command_line import OK, TIME_IS_UP, TRIALS_FAILED, Flag, 
 from rlhf_ray.commands.terminal import Terminal, counted, duration, number
 from rlhf_ray.config import SearchConfig, check_observation, with_defaults
 from rlhf_ray.errors import InputError, StorageError
+from rlhf_ray.uris import shown_word, without_options, without_secrets
 
 if TYPE_CHECKING:
     from rlhf_ray.sweep.results import SearchResult
@@ -164,7 +165,6 @@ def _launch(arguments: list[str], on_sweep: Callable[[str], object] | None) -> i
 
 def _list(config: SearchConfig, terminal: Terminal) -> list[dict[str, Any]]:
     from rlhf_ray.commands.tables import sweeps_table
-    from rlhf_ray.storage import without_secrets
     from rlhf_ray.sweep.results import list_sweeps
 
     sweeps = list_sweeps(config.storage_path)
@@ -373,7 +373,6 @@ def _show_next_steps(
     terminal: Terminal, result: "SearchResult", options: SuiteOptions, config: SearchConfig
 ) -> None:
     from rlhf_ray.commands.tables import copyable
-    from rlhf_ray.storage import without_options, without_secrets
     from rlhf_ray.sweep.results import BEST_POLICY
 
     directory = str(result.directory)
@@ -505,8 +504,6 @@ def _scratch_copy(location: str) -> Iterator[str]:
 
 def _again(arguments: Sequence[str]) -> str:
     """The command that goes on where this one ended; keys of a URI are left to be put in again."""
-    from rlhf_ray.storage import shown_word
-
     rest = [shown_word(word) for word in arguments if word != "--fresh"]
     return shlex.join([*PROG.split(), *rest])
 

@@ -20,6 +20,7 @@ from rlhf_ray.commands.terminal import Terminal, printable
 from rlhf_ray.errors import InputError, RlhfRayError
 from rlhf_ray.submission import archive, job, staging
 from rlhf_ray.submission.staging import MB
+from rlhf_ray.uris import HARMLESS, below, user_of
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -186,7 +187,6 @@ def _start(
 
 
 def _follow(submitted: _Job, options: SubmitOptions, terminal: Terminal) -> int:
-    from rlhf_ray.storage import below
     from rlhf_ray.submission import cluster
 
     name, location, log = submitted.name, submitted.location, _Log(terminal)
@@ -341,8 +341,6 @@ def holds_secret(uri: str) -> bool:
     >>> [holds_secret(u) for u in ("s3://KEY:SECRET@b/x", "s3://b/x?region=eu", "gs://b?token=1")]
     [True, False, True]
     """
-    from rlhf_ray.storage import HARMLESS, user_of
-
     words = ("key", "secret", "token", "password", "credential", "signature")
     query = urllib.parse.parse_qsl(uri.partition("?")[2], True)
     names = [name.lower() for name, _ in query if name not in HARMLESS]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.config import SearchConfig
 from rlhf_ray.errors import InputError
-from rlhf_ray.storage import without_secrets
+from rlhf_ray.uris import without_secrets
 
 if TYPE_CHECKING:
     from ray.tune.logger import LoggerCallback

@@ -114,6 +114,10 @@ def test_what_needs_no_ray_does_not_import_it() -> None:
     stays_out("ray", [f"rlhf_ray.{name}".rstrip(".") for name in names])
 
 
+def test_commands_show_their_arguments_before_a_storage_is_there() -> None:
+    stays_out("pyarrow", ["rlhf_ray.launch", "rlhf_ray.apply"])
+
+
 def test_commands_answer_before_torch_is_imported() -> None:
     stays_out(
         "torch",

@@ -25,6 +25,7 @@ import tyro
 
 from rlhf_ray.commands.terminal import WIDTH, printable
 from rlhf_ray.errors import InputError, RlhfRayError, check_whole, unknown_name
+from rlhf_ray.uris import shown_word
 
 if TYPE_CHECKING:
     from rlhf_ray.tasks import Suite
@@ -312,8 +313,6 @@ def _default_hint(flag: Flag) -> str:
 
 def _rephrased(complaint: str, argv: Sequence[str], flags: Mapping[str, Flag]) -> InputError:
     """Tyro's box of several lines as one line of ours."""
-    from rlhf_ray.storage import shown_word
-
     shown = [shown_word(word) for word in argv]
     first = next((name for name in re.findall(r"--[\w-]+", complaint) if name in flags), None)
     if first is None or "Unrecognized" in complaint:

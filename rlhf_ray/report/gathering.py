@@ -15,7 +15,7 @@ from rlhf_ray.operations import KINDS
 from rlhf_ray.report import accounts
 from rlhf_ray.report.explain import Explanation, explain
 from rlhf_ray.report.trials import digest_of, unfinished
-from rlhf_ray.storage import Storage, parent_of, without_options, without_secrets
+from rlhf_ray.storage import Storage, parent_of
 from rlhf_ray.sweep.results import (
     BASELINES_FILE,
     BEST_POLICY,
@@ -25,6 +25,7 @@ from rlhf_ray.sweep.results import (
     state_of,
     trial_folder,
 )
+from rlhf_ray.uris import without_options, without_secrets
 
 PROGRESS_FILE = "progress.json"
 """What the driver says while it runs: written by `live`."""
