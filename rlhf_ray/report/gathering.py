@@ -135,14 +135,7 @@ class Gatherer:
     def _trials(
         self, sweep: Mapping[str, Any], progress: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        ending, folder = "/trial.json", f"{self._name}/trials"
-        for file in self._storage.files(folder):
-            name = file.name.removeprefix(f"{folder}/").removesuffix(ending)
-            mark = (file.size_bytes, file.modified_s)
-            if file.name.endswith(ending) and self._seen.get(name, (None,))[0] != mark:
-                record = self._storage.read_json(file.name)
-                if isinstance(record, dict):
-                    self._seen[name] = (mark, digest_of(record, sweep))
+        self._look(sweep)
         running = progress.get("trials", {})
         trials = []
         for planned in sweep["trials"]:
@@ -157,6 +150,23 @@ class Gatherer:
         for trial, on in zip(trials, marks, strict=True):
             trial["on_front"] = on
         return trials
+
+    def _look(self, sweep: Mapping[str, Any]) -> None:
+        """Reads the records that are new, and forgets those that are gone."""
+        ending, folder = "/trial.json", f"{self._name}/trials"
+        there = {
+            file.name.removeprefix(f"{folder}/").removesuffix(ending): file
+            for file in self._storage.files(folder)
+            if file.name.endswith(ending)
+        }
+        # a sweep that is begun afresh has trials of the same names
+        self._seen = {name: seen for name, seen in self._seen.items() if name in there}
+        for name, file in there.items():
+            mark = (file.size_bytes, file.modified_s)
+            if self._seen.get(name, (None,))[0] != mark:
+                record = self._storage.read_json(file.name)
+                if isinstance(record, dict):
+                    self._seen[name] = (mark, digest_of(record, sweep))
 
     def _explanation(
         self, sweep: Mapping[str, Any], trial: str | None, baselines: Mapping[str, Any]

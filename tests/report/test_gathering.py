@@ -21,6 +21,7 @@ from rlhf_ray.report.page import fragment, version, whole
 from rlhf_ray.report.serving import server_of
 from rlhf_ray.report.trials import CURVE_POINTS, smoothed, thinned
 from rlhf_ray.storage import open_storage
+from rlhf_ray.sweep.record import forget
 from rlhf_ray.sweep.results import SearchResult
 
 HOSTILE = "<script>alert(1)</script>\"'&日本語 " + "x" * 300
@@ -112,6 +113,17 @@ def test_a_trial_that_has_ended_is_read_once(storage, monkeypatch):
     asked = {name.split("/")[2] for name in read if name.endswith("trial.json")}
     assert asked == {trial["name"], after["best"]}
     assert version(before) != version(after) == version(gatherer.gather())
+
+
+def test_trials_of_a_sweep_begun_afresh_are_not_the_old_ones(storage):
+    write_made_up_sweep(storage, n_trials=3)
+    gatherer = Gatherer(storage, "made-up")
+    assert gatherer.gather()["health"]["done"] == 3
+    forget(storage, "made-up")
+    write_made_up_sweep(storage, n_trials=3, n_done=0, state="running")
+    data = gatherer.gather()
+    assert [trial["status"] for trial in data["trials"]] == ["waiting"] * 3
+    assert (data["best"], data["comparison"], data["stages"]["distinct"]) == (None, None, 0)
 
 
 def test_progress_of_the_driver_shows_what_runs_and_when_it_ends(storage):
