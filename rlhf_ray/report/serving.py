@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -47,6 +48,11 @@ def server_of(gatherer: Gatherer, port: int) -> ThreadingHTTPServer:
 
 def _handler(answer: Callable[[str], tuple[HTTPStatus, str]]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            # a page that is reloaded or left while it loads hangs up: nobody's error
+            with suppress(ConnectionError):
+                super().handle()
+
         def do_GET(self) -> None:
             # another site's name that resolves to this address is not meant for us
             if (self.headers.get("Host") or "").split(":")[0] not in (HOST, "localhost"):

@@ -2,6 +2,8 @@ import json
 import random
 import re
 import shlex
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -466,6 +468,25 @@ def test_the_server_gives_page_and_changes_on_this_machine_only(served, storage)
     port = int(served.rpartition(":")[2])
     with pytest.raises(InputError, match="port must be a free one"):
         server_of(Gatherer(storage, "made-up"), port)
+
+
+@pytest.mark.parametrize(
+    "part", ["GET / HTTP/1.1\r\n", "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"]
+)
+def test_a_browser_that_leaves_while_a_page_loads_is_no_error(part, storage, monkeypatch):
+    write_made_up_sweep(storage, n_trials=2)
+    server = server_of(Gatherer(storage, "made-up"), 0)
+    server.daemon_threads = False  # closing the server waits for the answers
+    errors = []
+    monkeypatch.setattr(server, "handle_error", lambda *_: errors.append(sys.exception()))
+    with server, socket.create_connection(("127.0.0.1", server.server_port)) as browser:
+        browser.sendall(part.encode())
+        server.handle_request()
+        if part.endswith("\r\n\r\n"):
+            browser.recv(1000)  # the answer, of megabytes, has begun
+        reset = struct.pack("ii", 1, 0)
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    assert errors == []
 
 
 # -- notebooks
