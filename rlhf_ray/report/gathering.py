@@ -136,7 +136,8 @@ class Gatherer:
         self, sweep: Mapping[str, Any], progress: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         self._look(sweep)
-        running = progress.get("trials", {})
+        # a driver that was killed could not take back what it had told
+        running = progress.get("trials", {}) if sweep["state"] == "running" else {}
         trials = []
         for planned in sweep["trials"]:
             name = planned["name"]

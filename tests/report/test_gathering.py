@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -144,6 +145,22 @@ def test_progress_of_the_driver_shows_what_runs_and_when_it_ends(storage):
     assert "64 episodes" in html
     assert "started again" in html
     assert data["health"]["in_progress"] == [{"name": second, "episodes": 64}]
+
+
+def test_nothing_runs_in_a_sweep_whose_driver_was_killed(storage):
+    write_made_up_sweep(storage, n_trials=4, n_done=1, state="running")
+    names = [trial["name"] for trial in Gatherer(storage, "made-up").gather()["trials"]]
+    page = LivePage(storage, "made-up", Told(), total=384)
+    page.tick({}, {name: {"curve": [[32, 0.1]]} for name in names[1:3]})
+    assert Gatherer(storage, "made-up").gather()["health"]["running"] == 2
+    gone = {"host": "elsewhere", "pid": 1, "token": "t", "time": time.time() - 4000}
+    storage.write_json("made-up/lock.json", gone)
+    data = Gatherer(storage, "made-up").gather()
+    assert data["state"] == "interrupted"
+    assert [trial["status"] for trial in data["trials"]] == ["done"] + ["waiting"] * 3
+    assert (data["health"]["running"], data["health"]["in_progress"]) == (0, [])
+    html = fragment(data)
+    assert "2 running" not in html and "<option>running</option>" not in html
 
 
 def test_workers_are_told_while_the_sweep_runs_and_after(storage):
