@@ -52,7 +52,8 @@ def drivers(policy: Policy, decisions: Sequence[Decision]) -> list[dict[str, Any
 
     Returns:
         JSON-able, per level: `level` (its name), `decisions` (how many were met), `features`: name
-        and `changed` in [0, 1] of those above 0, highest first; empty with fewer than two.
+        and `changed` in [0, 1] of those above 0, highest first; empty with fewer than two; None
+        where it cannot be told, for tables.
     """
     networks = _networks(policy)
     found = []
@@ -61,17 +62,21 @@ def drivers(policy: Policy, decisions: Sequence[Decision]) -> list[dict[str, Any
             (d for d in decisions if d.level == level),
             key=lambda d: (d.features.tobytes(), d.mask.tobytes()),
         )
-        shares: dict[int, float] = {}
-        if networks is not None and len(mine) > 1:
-            shares = _changed(networks.level(level), _thinned(mine))
-        ordered = sorted(shares.items(), key=lambda item: -item[1])
-        features = [{"name": policy.features[f], "changed": share} for f, share in ordered]
+        features = None
+        if networks is not None:
+            shares = _changed(networks.level(level), _thinned(mine)) if len(mine) > 1 else {}
+            ordered = sorted(shares.items(), key=lambda item: -item[1])
+            features = [{"name": policy.features[f], "changed": share} for f, share in ordered]
         found.append({"level": name, "decisions": len(mine), "features": features})
     return found
 
 
 def _networks(policy: Policy) -> LevelQNetworks | None:
-    """None for a table: of tasks that it has not learned on it sees nothing that varies."""
+    """None for tables, which know states as a whole.
+
+    With one feature replaced a state is one that does not occur (two operations as one stage): all
+    tables answer those with their mean, and nothing would be told but how often features vary.
+    """
     if policy.network is None:
         return None
     networks = LevelQNetworks(policy.network)

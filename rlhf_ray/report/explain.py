@@ -16,6 +16,9 @@ Runs = Sequence[Mapping[str, Any]]
 SHOWN_FEATURES = 6
 """Per level, of those that its choice hangs on."""
 
+TABLES = "a table knows states as a whole, not by their features"
+"""Why features tell nothing of its choices."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
@@ -27,7 +30,8 @@ class Explanation:
             many replica seeds decided like the one shown), steps (level, operation, metric, next).
         level_map: `steps` (1, 2, ...) and per level the share of runs in which it acts at that
             step, with its most frequent operation; `ended`: share of runs that had ended.
-        drivers: per level the features that its choice hangs on (see `attribution.drivers`).
+        drivers: per level the features that its choice hangs on (see `attribution.drivers`), the
+            first few.
     """
 
     words: list[str]
@@ -68,7 +72,7 @@ def explain(
     kinds = {str(operation["name"]): str(operation["kind"]) for operation in operations}
     paths = [*_paths(val_runs, "val", kinds), *_paths(test_runs, "test", kinds)]
     runs = [*val_runs, *test_runs]
-    shown = [{**d, "features": list(d["features"])[:SHOWN_FEATURES]} for d in drivers]
+    shown = [{**d, "features": d["features"] and d["features"][:SHOWN_FEATURES]} for d in drivers]
     words = [
         *_on_the_whole(runs, paths, horizon, kinds),
         *_by_path(paths, metric),
@@ -250,15 +254,17 @@ def _on_drivers(drivers: Sequence[Mapping[str, Any]]) -> list[str]:
     words = []
     for driver in drivers:
         level, n, features = driver["level"], driver["decisions"], driver["features"]
-        if features:
+        if n == 0:
+            words.append(f"{level} never acts.")
+        elif features is None:
+            words.append(f"What {level}'s choice hangs on is not told: {TABLES}.")
+        elif features:
             named = ", ".join(f"{f['name']} ({f['changed']:.0%})" for f in features[:3])
             words.append(f"{level}'s choice hangs most on {named}.")
         elif n > 1:
             words.append(f"No single feature would change {level}'s choice.")
-        elif n == 1:
-            words.append(f"{level} acted once only: what its choice hangs on cannot be told.")
         else:
-            words.append(f"{level} never acts.")
+            words.append(f"{level} acted once only: what its choice hangs on cannot be told.")
     return words
 
 

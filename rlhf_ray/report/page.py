@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhf_ray.commands.tables import signed
 from rlhf_ray.commands.terminal import duration, number
 from rlhf_ray.config import SWEPT
+from rlhf_ray.report.explain import TABLES
 
 PAGE_FILE = "report.html"
 """The page's name in the sweep's folder."""
@@ -64,6 +65,7 @@ def _context(data: Mapping[str, Any]) -> dict[str, Any]:
         "d": data,
         "swept": SWEPT,
         "labels": LABELS,
+        "tables": TABLES,
         "version": version(data),
         "charts": _for_charts(data),
         "ordered": sorted(data["trials"], key=_rank),

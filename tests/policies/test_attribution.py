@@ -5,6 +5,7 @@ import torch
 from rlhf_ray.policies.attribution import Decision, drivers, recorded
 from rlhf_ray.policies.networks import LevelQNetworks, NetworkSettings
 from rlhf_ray.policies.policy import Policy
+from rlhf_ray.policies.q_table import QTable, as_weights
 
 LEVELS = ("conv", "dense")
 N_FEATURES = 3
@@ -47,6 +48,20 @@ def test_the_feature_that_decides_is_found_with_its_exact_share():
 def test_closed_actions_do_not_count():
     met = [decision(0, v, 0, mask=(1, 0, 1, 1)) for v in (1, -1)]
     assert drivers(policy_on_feature(1), met)[0]["features"] == []
+
+
+def test_of_a_table_it_cannot_be_told():
+    tables = [QTable(N_FEATURES, N_ACTIONS) for _ in LEVELS]
+    met = [decision(0, 1, 0), decision(1, 0, 0)]
+    for action, seen in enumerate(met):
+        tables[0].learn(tables[0].row(seen.features), action, 1.0, 0.5)
+    policy = Policy(levels=LEVELS, features=("nothing", "stage 1 is:a", "stage 1 is:b"),
+                    operations=({"name": "a"}, {"name": "b"}), network=None,
+                    weights=as_weights(tables))  # fmt: skip
+    assert len({policy.act(0, seen.features, seen.mask) for seen in met}) == 2
+    conv, dense = drivers(policy, met)
+    assert conv == {"level": "conv", "decisions": 2, "features": None}
+    assert dense == {"level": "dense", "decisions": 0, "features": None}
 
 
 def test_recording_changes_nothing_and_order_does_not_matter():

@@ -367,6 +367,9 @@ def test_stages_after_the_returned_model_are_told():
         ({"decisions": 0, "features": []}, "dense never acts."),
         ({"decisions": 1, "features": []}, "dense acted once only"),
         ({"decisions": 9, "features": []}, "No single feature would change dense's choice."),
+        ({"decisions": 9, "features": None},
+         "What dense's choice hangs on is not told: a table knows states as a whole"),
+        ({"decisions": 0, "features": None}, "dense never acts."),
         ({"decisions": 9, "features": [{"name": "val loss", "changed": 0.25}]},
          "dense's choice hangs most on val loss (25%)."),
     ],
@@ -376,6 +379,19 @@ def test_drivers_in_words(driver, words):
 
 
 # -- the page
+
+
+def test_the_page_says_that_what_tables_look_at_is_not_told(storage):
+    write_made_up_sweep(storage, n_trials=1)
+    note = "How often a level would choose otherwise"
+    assert note in fragment(Gatherer(storage, "made-up").gather())
+    file = f"made-up/trials/{Gatherer(storage, 'made-up').gather()['best']}/trial.json"
+    drivers = [{"level": "conv", "decisions": 24, "features": None},
+               {"level": "dense", "decisions": 0, "features": None}]  # fmt: skip
+    storage.write_json(file, {**storage.read_json(file), "drivers": drivers})
+    html = fragment(Gatherer(storage, "made-up").gather())
+    assert "This is not told: a table knows states as a whole" in html and "It never acts." in html
+    assert note not in html and "No single feature" not in html
 
 
 def test_hostile_names_are_text_in_page_and_data(storage):
