@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_ray.report.numerals import percent
+
 Runs = Sequence[Mapping[str, Any]]
 """Runs as `evaluation.Run.as_json` gives them."""
 
@@ -74,7 +76,8 @@ def explain(
     runs = [*val_runs, *test_runs]
     shown = [{**d, "features": d["features"] and d["features"][:SHOWN_FEATURES]} for d in drivers]
     words = [
-        *_on_the_whole(runs, paths, horizon, kinds),
+        *_on_ways(runs, paths),
+        *_on_the_whole(runs, horizon, kinds),
         *_by_path(paths, metric),
         *_on_drivers(shown),
     ]
@@ -174,25 +177,37 @@ def _level_map(runs: Runs, levels: Sequence[str]) -> dict[str, Any]:
 # -- words -----------------------------------------------------------------------------------------
 
 
-def _on_the_whole(
-    runs: Runs, paths: Sequence[Mapping[str, Any]], horizon: int, kinds: Mapping[str, str]
-) -> list[str]:
+def _on_ways(runs: Runs, paths: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether it does the same everywhere; a path is what most of a task's replica seeds did."""
+    n, ways = len(paths), [_way(run) for run in runs]
+    usual = {_way(path) for path in paths}
+    if n < 2:
+        return []
+    if len(usual) > 1:
+        distinct = len(set(ways))
+        return [f"It goes {distinct} different ways on {n} tasks: what it does depends on them."]
+    apart = sum(way not in usual for way in ways)
+    if not apart:
+        return [f"It does the same on all {n} tasks: a schedule, whatever the task looks like."]
+    return [
+        f"In {_share(len(runs) - apart, len(runs))} of its runs it does the same, whatever the "
+        "task, but not in the others: what it does depends on what it sees there."
+    ]
+
+
+def _way(run: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((step["level"], step["operation"]) for step in run["steps"])
+
+
+def _on_the_whole(runs: Runs, horizon: int, kinds: Mapping[str, str]) -> list[str]:
     if not runs:
         return []
-    n = len(paths)
-    distinct = len({tuple((s["level"], s["operation"]) for s in path["steps"]) for path in paths})
-    if distinct == 1 and n > 1:
-        words = [f"It does the same on all {n} tasks: a schedule, whatever the task looks like."]
-    elif n > 1:
-        words = [f"It goes {distinct} different ways on {n} tasks: what it does depends on them."]
-    else:
-        words = []
     stages = [run["stages"] for run in runs]
     stopped = sum(_stops(run, kinds) for run in runs)
-    words.append(
+    words = [
         f"It carries out {sum(stages) / len(runs):.1f} stages on average, of {horizon} at most; "
         f"in {_share(stopped, len(runs))} of its runs it stops by itself."
-    )
+    ]
     used = Counter(
         (step["level"], step["operation"])
         for run in runs
@@ -201,9 +216,11 @@ def _on_the_whole(
     )
     if used:
         (level, operation), count = used.most_common(1)[0]
+        most = f"{operation} at {level}'s turn"
         words.append(
-            f"What it does most is {operation} at {level}'s turn "
-            f"({_share(count, sum(used.values()))} of all stages)."
+            f"What it does most is {most} ({_share(count, sum(used.values()))} of all stages)."
+            if len(used) > 1
+            else f"All its stages are {most}."
         )
     wasted = sum(run["stages"] - run["best_length"] for run in runs)
     if wasted and sum(stages):
@@ -259,7 +276,7 @@ def _on_drivers(drivers: Sequence[Mapping[str, Any]]) -> list[str]:
         elif features is None:
             words.append(f"What {level}'s choice hangs on is not told: {TABLES}.")
         elif features:
-            named = ", ".join(f"{f['name']} ({f['changed']:.0%})" for f in features[:3])
+            named = ", ".join(f"{f['name']} ({percent(f['changed'])})" for f in features[:3])
             words.append(f"{level}'s choice hangs most on {named}.")
         elif n > 1:
             words.append(f"No single feature would change {level}'s choice.")
@@ -269,4 +286,6 @@ def _on_drivers(drivers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _share(part: int, whole: int) -> str:
-    return "all" if part == whole else "none" if part == 0 else f"{part / whole:.0%}"
+    if part in (0, whole):
+        return "all" if part else "none"
+    return percent(part / whole).replace("<", "less than ").replace(">", "more than ")

@@ -19,6 +19,7 @@ from rlhf_ray.commands.tables import signed
 from rlhf_ray.commands.terminal import duration, number
 from rlhf_ray.config import SWEPT
 from rlhf_ray.report.explain import TABLES
+from rlhf_ray.report.numerals import percent
 
 PAGE_FILE = "report.html"
 """The page's name in the sweep's folder."""
@@ -106,7 +107,7 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {}  # the order is that of the page
     environment.filters.update(
-        figure=_figure, number=number, duration=duration, percent=_percent, clock=_clock,
+        figure=_figure, number=number, duration=duration, percent=percent, clock=_clock,
         signed=signed, setting=_setting,
     )  # fmt: skip
     return environment
@@ -125,10 +126,6 @@ def _setting(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_setting, value)) or "–"  # noqa: RUF001
     return "–" if value is None else str(value)  # noqa: RUF001
-
-
-def _percent(value: float) -> str:
-    return f"{value:.0%}"
 
 
 def _clock(seconds: float | None) -> str:

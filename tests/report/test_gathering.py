@@ -342,6 +342,17 @@ def test_a_policy_that_looks_at_nothing_is_called_a_schedule():
     assert "in none of its runs it stops by itself" in text
 
 
+def test_a_policy_that_does_otherwise_with_some_seeds_is_not_called_a_schedule():
+    usual, other = [("conv", "train_mid")], [("conv", "train_low"), ("conv", "train_high")]
+    runs = [run_of(task, usual if seed else other, seed) for task in "ab" for seed in range(3)]
+    text = str(explained(runs))
+    assert "schedule" not in text
+    assert "In 67% of its runs it does the same, whatever the task, but not in the others" in text
+    runs += [run_of("c", usual * 2, seed) for seed in range(3)]
+    text = str(explained(runs))
+    assert "It goes 3 different ways on 3 tasks: what it does depends on them." in text
+
+
 def test_the_map_and_paths_hold_what_was_done():
     first = [("conv", "train_mid"), ("dense", "train_high"), ("dense", "stop")]
     found = explained([run_of("a", first), run_of("a", first, 1), run_of("a", first[-1:], 2)])
@@ -359,6 +370,17 @@ def test_the_map_and_paths_hold_what_was_done():
 def test_stages_after_the_returned_model_are_told():
     run = run_of("a", [("conv", "train_mid")] * 4)
     assert "50% of its stages came after the model" in str(explained([{**run, "best_length": 2}]))
+
+
+def test_shares_that_are_nearly_nothing_or_all_are_told_as_such():
+    runs = [run_of(f"t{i}", [("conv", "train_mid")] * 4) for i in range(200)]
+    text = str(explained([{**runs[0], "best_length": 3}, *runs[1:]]))
+    assert "\nLess than 1% of its stages came after the model that it returns" in text
+    assert "All its stages are train_mid at conv's turn." in text
+    short = run_of("u", [("dense", "train_low"), ("dense", "stop")])
+    text = str(explained([*runs, short]))
+    assert "train_mid at conv's turn (more than 99% of all stages)" in text
+    assert "in less than 1% of its runs it stops by itself" in text
 
 
 @pytest.mark.parametrize(
