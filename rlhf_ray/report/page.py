@@ -108,13 +108,18 @@ def _environment() -> Environment:
     environment.policies["json.dumps_kwargs"] = {}  # the order is that of the page
     environment.filters.update(
         figure=_figure, number=number, duration=duration, percent=percent, clock=_clock,
-        signed=signed, setting=_setting,
+        signed=signed, setting=_setting, as_heading=_as_heading,
     )  # fmt: skip
     return environment
 
 
 def _figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def _as_heading(name: str) -> str:
+    """A name at the beginning of a line: RMSE and mAP@0.5 stay as they are."""
+    return name[:1].upper() + name[1:] if name.islower() else name
 
 
 def _setting(value: Any) -> str:

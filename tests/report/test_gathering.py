@@ -258,6 +258,19 @@ def test_the_page_states_the_utility_as_it_is_where_lower_is_better(storage):
     assert "points" not in page
 
 
+@pytest.mark.parametrize(
+    ("metric", "head"), [("accuracy", "Accuracy"), ("mAP@0.5", "mAP@0.5"), ("RMSE", "RMSE")]
+)
+def test_heads_spell_the_metric_as_it_is_spelled(metric, head, storage):
+    write_made_up_sweep(storage)
+    sweep = storage.read_json("made-up/sweep.json")
+    sweep["metric"] = {"name": metric, "higher_is_better": True}
+    storage.write_json("made-up/sweep.json", sweep)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    assert f"<h2>{head} against cost</h2>" in page
+    assert f'<a href="#front">{head} and cost</a>' in page
+
+
 def test_a_page_that_cannot_be_written_is_told_once_and_harms_nothing(storage, monkeypatch):
     write_made_up_sweep(storage)
     told = Told()
