@@ -38,18 +38,33 @@ BUILT_IN = ("digits", "mnist", "fashion-mnist")
 
 
 def at(path: str | Path) -> tuple[Storage, str]:
-    """The storage and the sweep's name of a sweep's folder.
+    """The storage and the sweep's name of a sweep's folder, or of a file in it.
 
     Raises:
         InputError: there is no sweep.
     """
     storage, name = parent_of(path)
+    if name and storage.exists(name):  # the page itself, as a shell completes it
+        storage, name = parent_of(_without_name(str(path)))
     if name and storage.exists(f"{name}/{SWEEP_FILE}"):
         return storage, name
-    inside = [f for f in storage.folders(name) if storage.exists(f"{name}/{f}/{SWEEP_FILE}")]
+    inside = _sweeps_in(storage, name)
     hint = f"It holds the sweeps {', '.join(inside[:8])}." if inside else "See --list of launch."
     got = without_secrets(str(path))
     raise InputError(f"the folder must be a sweep's (with {SWEEP_FILE}), got {got!r}. {hint}")
+
+
+def _without_name(path: str) -> str:
+    uri, mark, options = path.partition("?")
+    if "://" not in uri:
+        return str(Path(path).parent)
+    return uri.rstrip("/").rpartition("/")[0] + mark + options
+
+
+def _sweeps_in(storage: Storage, folder: str) -> list[str]:
+    """Names of the sweeps right in a folder ("": the root)."""
+    inside = f"{folder}/" if folder else ""
+    return [f for f in storage.folders(folder) if storage.exists(f"{inside}{f}/{SWEEP_FILE}")]
 
 
 class Gatherer:

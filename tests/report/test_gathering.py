@@ -18,7 +18,7 @@ from rlhf_ray.errors import InputError
 from rlhf_ray.report import __main__ as command
 from rlhf_ray.report.accounts import effects
 from rlhf_ray.report.explain import explain
-from rlhf_ray.report.gathering import Gatherer
+from rlhf_ray.report.gathering import Gatherer, at
 from rlhf_ray.report.live import LivePage, tell_last, write_report
 from rlhf_ray.report.page import fragment, version, whole
 from rlhf_ray.report.serving import server_of
@@ -469,9 +469,22 @@ def test_the_command_writes_the_page(storage, tmp_path, capsys):
     assert (tmp_path / "runs" / "made-up" / "report.html").stat().st_size > 4e6
 
 
+def test_a_file_of_a_sweep_stands_for_the_sweep(storage, tmp_path, monkeypatch):
+    write_made_up_sweep(storage)
+    write_report(storage, "made-up")
+    folder = tmp_path / "runs" / "made-up"
+    monkeypatch.chdir(folder)
+    uri = f"file://{folder}/report.html"
+    for path in (folder, folder / "report.html", "report.html", "sweep.json", uri):
+        found, name = at(path)
+        assert (found.local_path(), name) == (tmp_path / "runs", "made-up")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["/"], "the folder must be a sweep's (with sweep.json), got '/'. See --list of launch."),
+        (["other.txt"], "the folder must be a sweep's (with sweep.json), got 'other.txt'. It"),
         ([], "the sweep's folder must be given first, got none."),
         (["nowhere"], "the folder must be a sweep's (with sweep.json), got 'nowhere'."),
         (["."], "It holds the sweeps made-up."),
@@ -481,6 +494,7 @@ def test_the_command_writes_the_page(storage, tmp_path, capsys):
 )
 def test_bad_input_is_one_line(arguments, message, storage, tmp_path, monkeypatch, capsys):
     write_made_up_sweep(storage)
+    storage.write_bytes("other.txt", b"")
     monkeypatch.chdir(tmp_path / "runs")
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
