@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 
 from rlhf_ray.commands.tables import comparison
+from rlhf_ray.config import SWEPT
 from rlhf_ray.report.page import LABELS
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def front_figure(result: "SearchResult", val_marks: list[dict[str, Any]]) -> go.
 
 
 def _hover(row: dict[str, Any]) -> str:
-    settings = "<br>".join(f"{label} {row[name]:.3g}" for name, label in LABELS.items())
+    settings = "<br>".join(f"{label} {row[name]:.6g}" for name, label in LABELS.items())
     return f"{escape(str(row['trial']), quote=False)}<br>{settings}<br>utility {row['utility']:.3f}"
 
 
@@ -66,7 +67,12 @@ def result_html(result: "SearchResult") -> str:
     front = result.front().drop(columns=["status", "on_front"])
     return (
         f"<b>{escape(result.name)}</b> ({escape(state)})<br>{escape(said)}"
-        + front.to_html(index=False, border=0, float_format="{:.3g}".format)
+        + front.to_html(
+            index=False,
+            border=0,
+            float_format="{:.3g}".format,
+            formatters=dict.fromkeys(SWEPT, "{:.6g}".format),
+        )
         + "<small>the trials that no other beats in both metric and cost, on the val tasks</small>"
     )
 

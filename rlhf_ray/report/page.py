@@ -80,7 +80,7 @@ def _rank(trial: Mapping[str, Any]) -> tuple[bool, float]:
 
 def _for_charts(data: Mapping[str, Any]) -> dict[str, Any]:
     trials = [
-        {k: _short(v) for k, v in trial.items() if k not in _NOT_IN_CHARTS}
+        {k: v if k == "values" else _short(v) for k, v in trial.items() if k not in _NOT_IN_CHARTS}
         for trial in data["trials"]
     ]
     names = ("metric", "higher_is_better", "unit", "best", "methods", "val_marks", "effects")
@@ -88,7 +88,7 @@ def _for_charts(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """Five significant digits: what a chart can show."""
+    """Five significant digits: what a chart can show of a figure."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -258,6 +258,22 @@ def test_the_page_states_the_utility_as_it_is_where_lower_is_better(storage):
     assert "points" not in page
 
 
+def test_swept_values_are_told_apart_on_the_page_and_in_notebooks(storage, tmp_path):
+    write_made_up_sweep(storage, n_trials=2)
+    sweep = storage.read_json("made-up/sweep.json")
+    for trial, gamma in zip(sweep["trials"], (0.9995, 0.99993333), strict=True):
+        trial["values"]["gamma"] = gamma
+        write_trial(storage, "made-up", trial, 1)
+    storage.write_json("made-up/sweep.json", sweep)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    assert page.count(">0.9995</td>") == page.count(">0.999933</td>") == 2  # trials, effects
+    assert '"gamma": 0.99993333' in page  # charts find it among the effect's values
+    result = SearchResult.load(tmp_path / "runs" / "made-up")
+    assert re.search(r"<td>0\.999(5|933)</td>", result._repr_html_())
+    hovers = str(result.plot_front())
+    assert "gamma 0.9995<br>" in hovers and "gamma 0.999933<br>" in hovers
+
+
 @pytest.mark.parametrize(
     ("metric", "head"), [("accuracy", "Accuracy"), ("mAP@0.5", "mAP@0.5"), ("RMSE", "RMSE")]
 )

@@ -11,6 +11,7 @@ const text = (name) => {
   const short = String(name).length > 48 ? String(name).slice(0, 47) + "…" : String(name);
   return short.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 };
+const swept = (value) => String(+value.toPrecision(6));
 const figure = (value, digits = 3) => value === null || value === undefined ? "–" : value.toFixed(digits);
 
 // -- charts
@@ -53,7 +54,7 @@ function metricAxis(points) {
   const pad = Math.max(0.05 * Math.abs(low), 1e-3), range = [low - pad, low + pad];
   return { text: text(data.metric), range: data.higher_is_better ? range : range.reverse() };
 }
-const settingsOf = (trial) => Object.entries(data.labels).map(([key, label]) => `${label} ${+trial.values[key].toPrecision(3)}`);
+const settingsOf = (trial) => Object.entries(data.labels).map(([key, label]) => `${label} ${swept(trial.values[key])}`);
 const hover = (trial) => [
   `<b>${text(trial.name)}</b>`, ...settingsOf(trial),
   `${text(data.metric)} ${figure(trial.metric)}, cost ${figure(trial.cost, 2)}, utility ${figure(trial.utility)}`,
@@ -181,8 +182,8 @@ function drawParallel() {
   if (judged.length < 2) return empty("chart-parallel", "Drawn when two trials have been judged.");
   const figures = [["metric", data.metric], ["cost", "cost"], ["utility", "utility"]];
   const axes = [
-    ...Object.entries(data.labels).map(([key, label]) => ({ label, of: (t) => t.values[key] })),
-    ...figures.map(([key, label]) => ({ label, of: (t) => t[key] })),
+    ...Object.entries(data.labels).map(([key, label]) => ({ label, of: (t) => t.values[key], shown: swept })),
+    ...figures.map(([key, label]) => ({ label, of: (t) => t[key], shown: (value) => String(+value.toPrecision(3)) })),
   ].map((axis) => {
     const values = [...new Set(judged.map(axis.of))].sort((a, b) => a - b);
     return { ...axis, values, low: values[0], high: values[values.length - 1] };
@@ -196,7 +197,7 @@ function drawParallel() {
   });
   const ticks = (axis) => (axis.values.length <= 5 ? axis.values : [axis.low, axis.high]);
   const annotations = axes.flatMap((axis, i) => ticks(axis).map((value) => ({
-    x: i, y: place(axis, value), text: String(+value.toPrecision(3)), showarrow: false, xanchor: i === axes.length - 1 ? "right" : "left",
+    x: i, y: place(axis, value), text: axis.shown(value), showarrow: false, xanchor: i === axes.length - 1 ? "right" : "left",
     xshift: i === axes.length - 1 ? -4 : 4, yshift: 8, font: { size: 11, color: colour("--fg") }, bgcolor: colour("--bg"), opacity: 0.85, borderpad: 1,
   })));
   draw("chart-parallel", fifthTraces(coordinates), {
@@ -219,7 +220,7 @@ function drawEffects() {
       x: places.map((_, i) => i), y: effect.values.map((v) => v.mean), mode: "lines+markers", line: { width: 1, color: colour("--accent") }, marker: { size: 8, color: colour("--accent") },
       error_y: { array: effect.values.map((v) => v.sd || 0), color: colour("--accent"), thickness: 1.2, width: 4 }, hoverinfo: "y",
     };
-    draw(div, [{ ...dots, x }, means], { ...base, xaxis: { tickvals: places.map((_, i) => i), ticktext: places.map((v) => String(+v.toPrecision(3))), range: [-0.5, places.length - 0.5] } });
+    draw(div, [{ ...dots, x }, means], { ...base, xaxis: { tickvals: places.map((_, i) => i), ticktext: places.map(swept), range: [-0.5, places.length - 0.5] } });
   });
 }
 
