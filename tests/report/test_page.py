@@ -168,6 +168,9 @@ def test_hostile_names_appear_as_text(page, storage):
     write_made_up_sweep(storage, n_trials=6, n_failed=1, suite=HOSTILE, error=HOSTILE,
                         levels=("</script><img src=x onerror=\"document.title='taken'\">", "层级"),
                         tasks=(HOSTILE, LINK, "{{ 7*7 }}"))  # fmt: skip
+    sweep = storage.read_json("made-up/sweep.json")
+    sweep["metric"]["name"] = HOSTILE
+    storage.write_json("made-up/sweep.json", sweep)
     write_report(storage, "made-up")
     open_file(page, storage, width=390)
     assert page.title.startswith("made-up")
