@@ -105,6 +105,33 @@ def write_trial(
     storage.write_json(file, record)
 
 
+METRICS = {
+    "metric", "val_metric", "test_metric", "start_metric", "utility", "val_utility", "return",
+    "metric_mean", "metric_sd", "utility_mean", "mean", "low", "high", "worst",
+}  # fmt: skip
+
+
+def scale_metric(storage: Storage, factor: float, name: str = "made-up") -> None:
+    """Makes a sweep's metric another one, so many times as large, of which less is better."""
+
+    def scaled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [scaled(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            k: v * factor if k in METRICS and isinstance(v, float) else scaled(v)
+            for k, v in value.items()
+        }
+
+    sweep = storage.read_json(f"{name}/sweep.json")
+    sweep["metric"] = {"name": "mse", "higher_is_better": False}
+    for file in storage.list(name):
+        if file.endswith(".json"):
+            storage.write_json(file, scaled(storage.read_json(file)))
+    storage.write_json(f"{name}/sweep.json", sweep)
+
+
 def made_up_run(
     rng: random.Random, method: str, task: str, replica: int, levels: tuple[str, ...], skill: float
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.report.numerals import percent
+from rlhf_ray.report.numerals import are_fine, figure, percent
 
 Runs = Sequence[Mapping[str, Any]]
 """Runs as `evaluation.Run.as_json` gives them."""
@@ -240,6 +240,7 @@ def _by_path(paths: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for path in paths:
         groups.setdefault(path["words"], []).append(path)
+    fine = {of: are_fine(path[of] for path in paths) for of in ("metric", "cost")}
     words = []
     for phrase, mine in sorted(groups.items(), key=lambda item: -len(item[1]))[:6]:
         name = family if len(mine) > 1 else str
@@ -251,7 +252,8 @@ def _by_path(paths: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
         )
         words.append(
             f"{named} ({tasks}): {phrase}; "
-            f"val {metric} {start:.3f} to {end:.3f} at cost {cost:.2f}."
+            f"val {metric} {figure(start, fine=fine['metric'])} to "
+            f"{figure(end, fine=fine['metric'])} at cost {figure(cost, 2, fine['cost'])}."
         )
     if len(groups) > 6:
         words.append(f"{len(groups) - 6} more ways are in the table.")

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from rlhf_ray.commands.tables import comparison
 from rlhf_ray.config import SWEPT
+from rlhf_ray.report.numerals import are_fine, figure
 from rlhf_ray.report.page import LABELS
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def front_figure(result: "SearchResult", val_marks: list[dict[str, Any]]) -> go.
     metric = escape(str(result.sweep["metric"]["name"]))
     table = result.table().dropna(subset=["metric"])
     front = table.loc[table["on_front"]].sort_values(by="cost")
-    figure = go.Figure(
+    drawn = go.Figure(
         layout={
             "template": "simple_white",
             "xaxis": {"title": "tuning cost", "rangemode": "tozero"},
@@ -29,29 +30,31 @@ def front_figure(result: "SearchResult", val_marks: list[dict[str, Any]]) -> go.
             "height": 420,
         }
     )
+    fine = are_fine(table["utility"])
     for name, rows, mode, colour in (
         ("trials", table.loc[~table["on_front"]], "markers", GREY),
         ("front", front, "lines+markers", BLUE),
     ):
-        hover = [_hover(row) for row in rows.to_dict("records")]
-        figure.add_scatter(
+        hover = [_hover(row, fine) for row in rows.to_dict("records")]
+        drawn.add_scatter(
             x=rows["cost"], y=rows["metric"], mode=mode, name=name, hovertext=hover,
             hoverinfo="text", marker={"color": colour, "size": 8}, line={"shape": "hv"},
         )  # fmt: skip
     if val_marks:
         names = [escape(str(mark["name"]), quote=False) for mark in val_marks]
-        figure.add_scatter(
+        drawn.add_scatter(
             x=[mark["cost"] for mark in val_marks],
             y=[mark["metric"] for mark in val_marks],
             mode="markers+text", name="baselines", text=names, textposition="top center",
             marker={"color": ORANGE, "symbol": "diamond", "size": 9},
         )  # fmt: skip
-    return figure
+    return drawn
 
 
-def _hover(row: dict[str, Any]) -> str:
+def _hover(row: dict[str, Any], fine: bool) -> str:
     settings = "<br>".join(f"{label} {row[name]:.6g}" for name, label in LABELS.items())
-    return f"{escape(str(row['trial']), quote=False)}<br>{settings}<br>utility {row['utility']:.3f}"
+    name, utility = escape(str(row["trial"]), quote=False), figure(row["utility"], fine=fine)
+    return f"{name}<br>{settings}<br>utility {utility}"
 
 
 def result_html(result: "SearchResult") -> str:
@@ -80,10 +83,12 @@ def result_html(result: "SearchResult") -> str:
 def explanation_html(explanation: "Explanation") -> str:
     """An explanation in a notebook: its sentences, and the way each task goes."""
     words = "".join(f"<li>{escape(line)}</li>" for line in explanation.words)
+    fine = {of: are_fine(path[of] for path in explanation.paths) for of in ("metric", "cost")}
     rows = "".join(
         f"<tr><td>{escape(path['task'])}</td><td>{path['split']}</td>"
-        f"<td>{escape(path['words'])}</td><td>{path['start']:.3f}</td>"
-        f"<td>{path['metric']:.3f}</td><td>{path['cost']:.2f}</td></tr>"
+        f"<td>{escape(path['words'])}</td><td>{figure(path['start'], fine=fine['metric'])}</td>"
+        f"<td>{figure(path['metric'], fine=fine['metric'])}</td>"
+        f"<td>{figure(path['cost'], 2, fine['cost'])}</td></tr>"
         for path in explanation.paths
     )
     head = "".join(f"<th>{name}</th>" for name in ("task", "split", "what", "start", "val", "cost"))

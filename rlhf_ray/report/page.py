@@ -19,7 +19,7 @@ from rlhf_ray.commands.tables import signed
 from rlhf_ray.commands.terminal import duration, number
 from rlhf_ray.config import SWEPT
 from rlhf_ray.report.explain import TABLES
-from rlhf_ray.report.numerals import percent
+from rlhf_ray.report.numerals import are_fine, figure, percent
 
 PAGE_FILE = "report.html"
 """The page's name in the sweep's folder."""
@@ -68,6 +68,7 @@ def _context(data: Mapping[str, Any]) -> dict[str, Any]:
         "labels": LABELS,
         "tables": TABLES,
         "version": version(data),
+        "fine": _fine(data),
         "charts": _for_charts(data),
         "ordered": sorted(data["trials"], key=_rank),
     }
@@ -84,7 +85,24 @@ def _for_charts(data: Mapping[str, Any]) -> dict[str, Any]:
         for trial in data["trials"]
     ]
     names = ("metric", "higher_is_better", "unit", "best", "methods", "val_marks", "effects")
-    return {**{name: data[name] for name in names}, "trials": trials, "labels": LABELS}
+    return {
+        **{name: data[name] for name in names},
+        "trials": trials,
+        "labels": LABELS,
+        "fine": _fine(data),
+    }
+
+
+def _fine(data: Mapping[str, Any]) -> dict[str, bool]:
+    """Which kinds of figures are too small for decimals."""
+    learned = data["learned"]["paths"] if data["learned"] else []
+    shown = [*data["trials"], *data["val_marks"], *learned, *data["best_paths"]]
+    fine = {"switches": False}
+    for kind in ("metric", "cost", "utility"):
+        methods = [method[f"{kind}_mean"] for method in data["methods"]]
+        fine[kind] = are_fine([*methods, *(record.get(kind) for record in shown)])
+    fine["return"] = are_fine(trial["curve"][-1][1] for trial in data["trials"] if trial["curve"])
+    return fine
 
 
 def _short(value: Any) -> Any:
@@ -107,14 +125,17 @@ def _environment() -> Environment:
     )
     environment.policies["json.dumps_kwargs"] = {}  # the order is that of the page
     environment.filters.update(
-        figure=_figure, number=number, duration=duration, percent=percent, clock=_clock,
-        signed=signed, setting=_setting, as_heading=_as_heading,
+        figure=figure, number=number, duration=duration, percent=percent, clock=_clock,
+        difference=_difference, setting=_setting, as_heading=_as_heading,
     )  # fmt: skip
     return environment
 
 
-def _figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"  # noqa: RUF001
+def _difference(value: float, fine: bool, digits: int = 3, *, points: bool) -> str:
+    """Of two utilities; in points so many digits less."""
+    if points:
+        return signed(value, digits - 2, points=True)
+    return figure(value, digits, fine, sign="+")
 
 
 def _as_heading(name: str) -> str:

@@ -55,7 +55,8 @@ def smoothed(values: Sequence[float]) -> list[list[float]]:
     for value in values:
         sums.append(sums[-1] + value)
     pairs = [
-        [n, round((sums[n] - sums[n - window]) / window, 5)] for n in range(window, len(values) + 1)
+        [n, float(f"{(sums[n] - sums[n - window]) / window:.5g}")]
+        for n in range(window, len(values) + 1)
     ]
     return thinned(pairs)
 

@@ -12,7 +12,14 @@ import urllib.error
 import urllib.request
 
 import pytest
-from report_sweeps import LEVELS, OPERATIONS, made_up_run, write_made_up_sweep, write_trial
+from report_sweeps import (
+    LEVELS,
+    OPERATIONS,
+    made_up_run,
+    scale_metric,
+    write_made_up_sweep,
+    write_trial,
+)
 
 from rlhf_ray.errors import InputError
 from rlhf_ray.report import __main__ as command
@@ -229,6 +236,35 @@ def test_the_last_figures_stand_when_all_trials_have_ended(storage):
     assert '<td class="n">8</td>' in fragment(Gatherer(storage, "made-up").gather())
 
 
+@pytest.mark.parametrize(
+    ("factor", "method", "minus"),
+    [(1e-4, ("9.18e-05", "4e-07"), "+1.36e-06"), (1e9, ("9.18e+08", "4e+06"), "+1.36e+07")],
+)
+def test_a_metric_of_any_size_can_be_read(factor, method, minus, storage, tmp_path):
+    write_made_up_sweep(storage, n_trials=3)
+    scale_metric(storage, factor)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    mean, sd = (f'<td class="n">{figure}</td>' for figure in method)
+    assert f'<th scope="row">policy</th>{mean}{sd}<td class="n">0.62</td>' in page
+    assert f'<td class="n">{minus} <small>' in page
+    start = f"{0.45 * factor:.4g}"
+    assert f'<td class="n">{start}</td>' in page and f"val mse {start} to " in page
+    assert not re.search(r">[+-]?\d{4,}\.\d", page)
+    explanation = SearchResult.load(tmp_path / "runs" / "made-up").explain()._repr_html_()
+    assert explanation.count(f"<td>{start}</td>") == 8
+
+
+def test_one_that_diverged_does_not_hide_the_figures_of_others(storage):
+    write_made_up_sweep(storage, n_trials=3)
+    scale_metric(storage, 1e-4)
+    name = Gatherer(storage, "made-up").gather()["trials"][0]["name"]
+    record = storage.read_json(f"made-up/trials/{name}/trial.json")
+    record["judged"] |= {"metric": 1234567.0, "utility": -1234567.0}
+    storage.write_json(f"made-up/trials/{name}/trial.json", record)
+    page = fragment(Gatherer(storage, "made-up").gather())
+    assert ">1.235e+06</td>" in page and ">9.18e-05</td>" in page
+
+
 def test_one_replica_seed_or_task_has_no_spread_on_the_page(storage):
     write_made_up_sweep(storage, n_trials=2)
     summary = storage.read_json("made-up/summary.json")
@@ -300,6 +336,7 @@ def test_a_page_that_cannot_be_written_is_told_once_and_harms_nothing(storage, m
 def test_curves_are_smoothed_and_thinned_to_the_last_point():
     assert smoothed([]) == []
     assert smoothed([1.0, 3.0]) == [[1, 1.0], [2, 3.0]]
+    assert smoothed([1.234567e-7]) == [[1, 1.2346e-7]]
     curve = smoothed([float(i) for i in range(500)])
     assert len(curve) <= CURVE_POINTS
     assert curve[-1] == [500, 491.5]

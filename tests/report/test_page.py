@@ -1,11 +1,12 @@
 """The results page in a real browser: as a file without network, and live while a sweep goes on."""
 
+import re
 import threading
 import time
 
 import pytest
 from browser import as_device, browser, complaints
-from report_sweeps import write_made_up_sweep, write_trial
+from report_sweeps import scale_metric, write_made_up_sweep, write_trial
 
 from rlhf_ray.report.gathering import Gatherer
 from rlhf_ray.report.live import write_report
@@ -97,6 +98,19 @@ def test_one_trial_is_readable(page, storage):
     assert high - low < 0.2
     assert page.find_element("id", "shown").text == "1 trial"
     assert "best fifth" not in page.find_element("id", "chart-curves").text
+    assert complaints(page) == []
+
+
+@pytest.mark.parametrize(("factor", "end"), [(1e-7, "e-08, cost"), (1e9, "e+08, cost")])
+def test_charts_tell_a_metric_of_any_size(page, storage, factor, end):
+    write_made_up_sweep(storage)
+    scale_metric(storage, factor)
+    write_report(storage, "made-up")
+    open_file(page, storage)
+    marks = "return document.getElementById('chart-methods').data.flatMap(trace => trace.hovertext)"
+    told = page.execute_script(marks)
+    assert len(told) == 5  # of six methods two did the same
+    assert all(re.search(r"<br>mse [\d.]+" + re.escape(end), text) for text in told)
     assert complaints(page) == []
 
 

@@ -12,7 +12,16 @@ const text = (name) => {
   return short.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 };
 const swept = (value) => String(+value.toPrecision(6));
-const figure = (value, digits = 3) => value === null || value === undefined ? "–" : value.toFixed(digits);
+const short = (value, digits = 4) => {
+  const rounded = +value.toPrecision(digits), size = Math.abs(rounded);
+  if (!size || (size >= 1e-4 && size < 10 ** digits)) return String(rounded);
+  return rounded.toExponential().replace(/e(.)(\d)$/, "e$10$2");
+};
+const figure = (value, digits = 3, fine = false) => {
+  if (value === null || value === undefined) return "–";
+  return fine || Math.abs(value) >= 1000 ? short(value) : value.toFixed(digits);
+};
+const figures = (of) => `${text(data.metric)} ${figure(of.metric, 3, data.fine.metric)}, cost ${figure(of.cost, 2, data.fine.cost)}`;
 
 // -- charts
 
@@ -20,7 +29,7 @@ function layout(more) {
   const axis = {
     gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, ticks: "",
     tickfont: { color: colour("--soft") }, title: { standoff: 8, font: { color: colour("--soft"), size: 13 } },
-    automargin: true, fixedrange: true,
+    automargin: true, fixedrange: true, exponentformat: "e",
   };
   const { xaxis, yaxis, ...rest } = more;
   return {
@@ -50,14 +59,14 @@ function empty(id, why) {
 // One value alone would get an axis from far below to far above it.
 function metricAxis(points) {
   const values = points.map((p) => p.metric), low = Math.min(...values), high = Math.max(...values);
-  if (high - low > 1e-9) return { text: text(data.metric), autorange: data.higher_is_better ? true : "reversed" };
-  const pad = Math.max(0.05 * Math.abs(low), 1e-3), range = [low - pad, low + pad];
+  if (high - low > 1e-9 * Math.max(Math.abs(low), Math.abs(high))) return { text: text(data.metric), autorange: data.higher_is_better ? true : "reversed" };
+  const pad = 0.05 * Math.abs(low) || 1e-3, range = [low - pad, low + pad];
   return { text: text(data.metric), range: data.higher_is_better ? range : range.reverse() };
 }
 const settingsOf = (trial) => Object.entries(data.labels).map(([key, label]) => `${label} ${swept(trial.values[key])}`);
 const hover = (trial) => [
   `<b>${text(trial.name)}</b>`, ...settingsOf(trial),
-  `${text(data.metric)} ${figure(trial.metric)}, cost ${figure(trial.cost, 2)}, utility ${figure(trial.utility)}`,
+  `${figures(trial)}, utility ${figure(trial.utility, 3, data.fine.utility)}`,
 ].join("<br>");
 
 // Boxes in pixels, about where Plotly will put them: what labels must keep clear of.
@@ -86,9 +95,9 @@ function placeOf(point, label, frame) {
 
 // One mark where several methods did the same.
 function marks(points, name, symbol, shade, frame) {
-  const merged = [];
+  const merged = [], equal = (a, b) => Math.abs(a - b) <= 1e-6 * Math.max(Math.abs(a), Math.abs(b));
   for (const point of [...points].sort((a, b) => a.cost - b.cost)) {
-    const same = merged.find((m) => Math.abs(m.cost - point.cost) < 1e-6 && Math.abs(m.metric - point.metric) < 1e-6);
+    const same = merged.find((m) => equal(m.cost, point.cost) && equal(m.metric, point.metric));
     if (same) same.names.push(point.name);
     else merged.push({ ...point, names: [point.name] });
   }
@@ -101,7 +110,7 @@ function marks(points, name, symbol, shade, frame) {
     textposition: at.map((place) => place || "top center"), textfont: { color: shade, size: 12 },
     cliponaxis: false, marker: { symbol, size: 9, color: shade },
     error_y: merged.some((m) => m.sd) ? { array: merged.map((m) => m.sd || 0), color: shade, thickness: 1, width: 3 } : undefined,
-    hovertext: merged.map((m, i) => `<b>${labels[i]}</b><br>${text(data.metric)} ${figure(m.metric)}, cost ${figure(m.cost, 2)}`),
+    hovertext: merged.map((m, i) => `<b>${labels[i]}</b><br>${figures(m)}`),
     hoverinfo: "text",
   };
 }
@@ -162,7 +171,7 @@ function fifthTraces(coordinates) {
 }
 
 function drawCurves() {
-  const label = (t, n, value) => `<b>${text(t.name)}</b><br>after ${n} episodes: ${figure(value)}`;
+  const label = (t, n, value) => `<b>${text(t.name)}</b><br>after ${n} episodes: ${figure(value, 3, data.fine.return)}`;
   const curve = (t) => t.curve.map(([n, value]) => [n, value, label(t, n, value)]);
   const traces = fifthTraces(curve);
   traces.push(lines(data.trials.filter((t) => t.status === "running" && t.curve.length), curve, {
@@ -180,10 +189,10 @@ const legend = () => ({ orientation: "h", x: 0, y: 1.04, yanchor: "bottom", font
 function drawParallel() {
   const judged = fifths().flat();
   if (judged.length < 2) return empty("chart-parallel", "Drawn when two trials have been judged.");
-  const figures = [["metric", data.metric], ["cost", "cost"], ["utility", "utility"]];
+  const judgedBy = [["metric", data.metric], ["cost", "cost"], ["utility", "utility"]];
   const axes = [
     ...Object.entries(data.labels).map(([key, label]) => ({ label, of: (t) => t.values[key], shown: swept })),
-    ...figures.map(([key, label]) => ({ label, of: (t) => t[key], shown: (value) => String(+value.toPrecision(3)) })),
+    ...judgedBy.map(([key, label]) => ({ label, of: (t) => t[key], shown: (value) => short(value, 3) })),
   ].map((axis) => {
     const values = [...new Set(judged.map(axis.of))].sort((a, b) => a - b);
     return { ...axis, values, low: values[0], high: values[values.length - 1] };
