@@ -132,10 +132,11 @@ def _finetune(
 def _show(
     terminal: Terminal, tuned: "FineTuned", policy: "Policy", metric: str, *, n_val: int
 ) -> None:
-    from rlhf_ray.commands.tables import decimals, figure, trace_table
+    from rlhf_ray.commands.tables import trace_table
+    from rlhf_ray.numerals import are_fine, figure
 
     metrics = (tuned.start_metric, tuned.val_metric, tuned.start_test_metric, tuned.test_metric)
-    shown = partial(figure, digits=decimals(metrics))
+    shown = partial(figure, fine=are_fine(metrics), none="none")
     unit = "seconds" if policy.metadata["process"]["cost"] == "seconds" else "full stages"
     used = min(n_val, policy.metadata["process"]["val_size"])
     part = f" (on {used} of its {n_val} examples)" if used < n_val else ""

@@ -4,9 +4,9 @@ Everything here takes plain data (frames and dictionaries of `results`) and give
 or text. Names come from users: they are never taken for markup or control characters.
 """
 
-import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -17,9 +17,12 @@ from rich.text import Text
 
 from rlhf_ray.commands.terminal import WIDTH, duration, number, printable, shortened
 from rlhf_ray.evaluation.statistics import FIGURES
+from rlhf_ray.numerals import are_fine, figure
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_figure = partial(figure, none="-")
 
 MAX_ROWS = 40
 """Rows of a table at most; the results page shows all."""
@@ -45,16 +48,16 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Gro
     headers = ("", "trial", *SHORT.values(), metric, "cost", "switch", "utility")
     headers += ("others",) if shares else ()
     shown = _table("Trials, judged on the val tasks", headers, left=2)
-    digits = decimals(table["metric"])
+    fine = are_fine(table["metric"])
     ordered = table.sort_values("utility", ascending=False, na_position="last")
     for row in ordered.head(MAX_ROWS).to_dict("records"):
         is_best = row["trial"] == best
         mark = ("*" if is_best else "") + ("f" if row["on_front"] else "")
         done = row["status"] == "done"
         figures = [
-            figure(row["metric"], digits),
-            *(figure(row[name]) for name in ("cost", "switches")),
-            figure(row["utility"], digits),
+            _figure(row["metric"], fine=fine),
+            *(_figure(row[name]) for name in ("cost", "switches")),
+            _figure(row["utility"], fine=fine),
         ]
         shown.add_row(
             mark,
@@ -73,10 +76,10 @@ def front_table(front: "pd.DataFrame", *, metric: str, unit: str) -> Group:
     """The trials that no other beats in both metric and cost, cheapest first."""
     shown = _table(f"Front of {metric} against cost", ("cost", metric, "utility", "trial"), left=0)
     shown.columns[3].justify = "left"
-    digits = decimals(front["metric"])
+    fine = are_fine(front["metric"])
     for row in front.head(MAX_ROWS).to_dict("records"):
-        figures = (figure(row["metric"], digits), figure(row["utility"], digits))
-        shown.add_row(figure(row["cost"]), *figures, shortened(str(row["trial"]), 30))
+        figures = (_figure(row[name], fine=fine) for name in ("metric", "utility"))
+        shown.add_row(_figure(row["cost"]), *figures, shortened(str(row["trial"]), 30))
     shown.caption = f"cost in {unit}" + _left_out(len(front))
     return _headed(shown)
 
@@ -85,12 +88,12 @@ def methods_table(methods: "pd.DataFrame", *, metric: str, unit: str) -> Group:
     """The policy and the baselines on the test tasks, in the order given."""
     headers = ("method", metric, "+-", "cost", "switches", "utility", "rank")
     shown = _table("Methods on the test tasks", headers, left=1)
-    digits = decimals(methods["metric_mean"])
-    fine = ("metric_mean", "metric_sd", "utility_mean")  # in the metric's unit
+    fine = are_fine(methods["metric_mean"])
+    alike = ("metric_mean", "metric_sd", "utility_mean")  # in the metric's unit
     for name, row in methods.to_dict("index").items():
         shown.add_row(
             shortened(str(name), 26),
-            *(figure(row[column], digits if column in fine else 3) for column in FIGURES),
+            *(_figure(row[column], fine=fine and column in alike) for column in FIGURES),
             style="bold" if name == "policy" else "",
         )
     shown.caption = f"+- over replica seeds; cost in {unit}"
@@ -107,12 +110,12 @@ def differences_table(
     points = in_points(metric, higher_is_better=higher_is_better)
     headers = ("method", "points" if points else "mean", "from", "to", "worst")
     shown = _table("Utility: the policy minus each method", headers, left=1)
-    digits = 1 if points else decimals(found["mean"] for found in differences.values()) - 2
+    fine = are_fine(found["mean"] for found in differences.values())
     for method, found in differences.items():
         cells = (found[name] for name in ("mean", "low", "high", "worst"))
         shown.add_row(
             shortened(method, 26),
-            *("-" if value is None else signed(value, digits, points=points) for value in cells),
+            *(difference(value, fine=fine, points=points) for value in cells),
         )
     unit = "hundredths; " if points else ""
     shown.caption = f"{unit}95% interval over tasks;\nworst: on a single task"
@@ -128,7 +131,7 @@ def sweeps_table(sweeps: Sequence[Mapping[str, Any]]) -> Group:
             shortened(str(sweep["suite"]), 18),
             str(sweep["state"]),
             f"{sweep['trials_done']}/{sweep['trials']}",
-            figure(sweep["utility"], decimals([sweep["utility"]])),
+            _figure(sweep["utility"], fine=are_fine([sweep["utility"]])),
         )
     return _headed(shown)
 
@@ -151,15 +154,15 @@ def trace_table(
     for position in (1, 2):
         shown.columns[position].justify = "left"
     start_cost = cost - sum(record["cost"] for record in trace)
-    digits = decimals([start_metric, *(record["metric"] for record in trace)])
-    shown.add_row("0", "", "start", figure(start_metric, digits), figure(start_cost))
+    fine = are_fine([start_metric, *(record["metric"] for record in trace)])
+    shown.add_row("0", "", "start", _figure(start_metric, fine=fine), _figure(start_cost))
     for step, record in enumerate(trace, 1):
         shown.add_row(
             str(step),
             shortened(str(record["level"]), 20),
             shortened(str(record["operation"]), 24),
-            figure(record["metric"], digits) + (" diverged" if record["diverged"] else ""),
-            figure(record["cost"]),
+            _figure(record["metric"], fine=fine) + (" diverged" if record["diverged"] else ""),
+            _figure(record["cost"]),
         )
     shown.caption = f"cost in {unit}"
     return _headed(shown)
@@ -183,7 +186,7 @@ def comparison(
         for name in NAMED_IN_WORDS
         if name in methods
     ]
-    reached = figure(own["metric_mean"], decimals([own["metric_mean"]]))
+    reached = _figure(own["metric_mean"], fine=are_fine([own["metric_mean"]]))
     begin = (
         f"On the test tasks the policy reaches {printable(metric)} {reached} "
         f"at cost {own['cost_mean']:.2f}"
@@ -221,13 +224,17 @@ def in_points(metric: str, *, higher_is_better: bool) -> bool:
     return higher_is_better and metric.lower().endswith("accuracy")
 
 
-def signed(value: float, digits: int = 1, *, points: bool) -> str:
-    """A difference; as finely told where it is not in points.
+def difference(
+    value: float | None, digits: int = 3, *, fine: bool = False, points: bool = False
+) -> str:
+    """A difference of utilities; in points with two decimals less.
 
-    >>> signed(0.0123, points=True), signed(-4.781, points=False)
-    ('+1.2', '-4.781')
+    >>> difference(0.0123, points=True), difference(-4.781), difference(1.3e-5, fine=True)
+    ('+1.2', '-4.781', '+1.3e-05')
     """
-    return f"{100 * value:+.{digits}f}" if points else f"{value:+.{digits + 2}f}"
+    if points and value is not None:
+        return f"{100 * value:+.{digits - 2}f}"
+    return _figure(value, digits, fine, sign="+")
 
 
 def stages_account(stages: Mapping[str, float]) -> str:
@@ -298,23 +305,6 @@ def _headed(table: Table) -> Group:
 
 def _left_out(rows: int) -> str:
     return f"; {rows - MAX_ROWS} more rows are on the results page" if rows > MAX_ROWS else ""
-
-
-def decimals(values: Iterable[float | None]) -> int:
-    """How many show the largest of the values to three digits: 3, or more for small ones.
-
-    >>> decimals([0.91, 0.002]), decimals([1.2e-4, None])
-    (3, 6)
-    """
-    largest = max((abs(v) for v in values if v is not None and math.isfinite(v)), default=0.0)
-    return min(max(3, 2 - math.floor(math.log10(largest))), 12) if largest else 3
-
-
-def figure(value: float | None, digits: int = 3) -> str:
-    """So many decimals, or four digits where that would be long; "-" for none."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _difference(

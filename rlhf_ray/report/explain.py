@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_ray.report.numerals import are_fine, figure, percent
+from rlhf_ray.numerals import are_fine, figure, percent
 
 Runs = Sequence[Mapping[str, Any]]
 """Runs as `evaluation.Run.as_json` gives them."""

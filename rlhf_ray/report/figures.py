@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from rlhf_ray.commands.tables import comparison
 from rlhf_ray.config import SWEPT
-from rlhf_ray.report.numerals import are_fine, figure
+from rlhf_ray.numerals import are_fine, figure
 from rlhf_ray.report.page import LABELS
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rlhf_ray.commands.tables import signed
+from rlhf_ray.commands.tables import difference
 from rlhf_ray.commands.terminal import duration, number
 from rlhf_ray.config import SWEPT
+from rlhf_ray.numerals import are_fine, figure, percent
 from rlhf_ray.report.explain import TABLES
-from rlhf_ray.report.numerals import are_fine, figure, percent
 
 PAGE_FILE = "report.html"
 """The page's name in the sweep's folder."""
@@ -126,16 +126,9 @@ def _environment() -> Environment:
     environment.policies["json.dumps_kwargs"] = {}  # the order is that of the page
     environment.filters.update(
         figure=figure, number=number, duration=duration, percent=percent, clock=_clock,
-        difference=_difference, setting=_setting, as_heading=_as_heading,
+        difference=difference, setting=_setting, as_heading=_as_heading,
     )  # fmt: skip
     return environment
-
-
-def _difference(value: float, fine: bool, digits: int = 3, *, points: bool) -> str:
-    """Of two utilities; in points so many digits less."""
-    if points:
-        return signed(value, digits - 2, points=True)
-    return figure(value, digits, fine, sign="+")
 
 
 def _as_heading(name: str) -> str:

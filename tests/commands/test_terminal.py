@@ -301,14 +301,14 @@ def test_small_figures_are_told_to_three_digits(tmp_path):
     }  # fmt: skip
     shown = tables.methods_table(pd.DataFrame(figures).T, metric="mse", unit="full stages")
     lines = [line.split() for line in plain(lambda terminal: terminal.show(shown))]
-    assert ["policy", "0.000123", "0.000002", "0.500", "1.000", "-0.000123", "1.000"] in lines
+    assert ["policy", "0.000123", "2e-06", "0.500", "1.000", "-0.000123", "1.000"] in lines
     said = tables.comparison(figures, metric="mse", higher_is_better=False)
     assert "the policy reaches mse 0.000123 at cost 0.50: 1.3e-05 worse than full" in said
     assert "By utility full is ahead of it, by 1.3e-05" in said
     found = {"full": {"mean": -1.3e-5, "low": None, "high": None, "worst": -1.3e-5}}
     shown = tables.differences_table(found, metric="mse", higher_is_better=False)
     lines = [line.split() for line in plain(lambda terminal: terminal.show(shown))]
-    assert ["full", "-0.0000130", "-", "-", "-0.0000130"] in lines
+    assert ["full", "-1.3e-05", "-", "-", "-1.3e-05"] in lines
 
 
 def test_swept_values_that_differ_are_told_apart(tmp_path):

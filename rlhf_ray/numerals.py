@@ -1,4 +1,4 @@
-"""Figures as people read them, on the page, in notebooks and in explanations.
+"""Figures as people read them: on the terminal, on the page, in notebooks and in explanations.
 
 Figures of one kind that are shown together are written alike. `figure` of `templates/page.js` is
 the same for the charts.
@@ -28,14 +28,21 @@ def are_fine(values: Iterable[float | None]) -> bool:
     return bool(sizes) and median(sizes) < FINE
 
 
-def figure(value: float | None, digits: int = 3, fine: bool = False, *, sign: str = "") -> str:
+def figure(
+    value: float | None,
+    digits: int = 3,
+    fine: bool = False,
+    *,
+    sign: str = "",
+    none: str = "–",  # noqa: RUF001
+) -> str:
     """A figure with so many decimals, or to four digits where it is long or `fine`.
 
     >>> figure(0.9137), figure(915119437.605), figure(1.234e-4, fine=True), figure(0.9, 2, sign="+")
     ('0.914', '9.151e+08', '0.0001234', '+0.90')
     """
     if value is None or math.isnan(value):
-        return "–"  # noqa: RUF001
+        return none
     short = fine or abs(value) >= LONG
     return format(value, f"{sign}.4g" if short else f"{sign}.{digits}f")
 
