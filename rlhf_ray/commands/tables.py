@@ -5,7 +5,7 @@ or text. Names come from users: they are never taken for markup or control chara
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Gro
     headers += ("others",) if shares else ()
     shown = _table("Trials, judged on the val tasks", headers, left=2)
     fine = are_fine(table["metric"])
+    digits = {name: _digits(table[name]) for name in SHORT if name in table}
     ordered = table.sort_values("utility", ascending=False, na_position="last")
     for row in ordered.head(MAX_ROWS).to_dict("records"):
         is_best = row["trial"] == best
@@ -62,7 +63,7 @@ def trials_table(table: "pd.DataFrame", best: str | None, *, metric: str) -> Gro
         shown.add_row(
             mark,
             shortened(str(row["trial"]), 12),
-            *(f"{row[name]:.4g}" for name in SHORT),
+            *(f"{row[name]:.{digits[name]}g}" for name in SHORT),
             *(figures if done else [shortened(str(row["status"]), 8), "", "", ""]),
             *([str(row["episodes_of_others"]) if done else ""] if shares else []),
             style="bold" if is_best else "" if done else "dim",
@@ -278,7 +279,6 @@ def _table(title: str, headers: Sequence[str], *, left: int) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
     )
     for position, header in enumerate(headers):
         justify = "left" if position < left else "right"
@@ -294,13 +294,26 @@ def _headed(table: Table) -> Group:
     cells = [max(map(cell_len, map(str, column.cells)), default=0) for column in table.columns]
     heads = [cell_len(str(column.header)) for column in table.columns]
     least = [max(cell, min(head, 8)) for cell, head in zip(cells, heads, strict=True)]
-    free = max(0, WIDTH - sum(least) - GAP * (len(least) - 1))
+    gap = GAP if sum(least) + GAP * (len(least) - 1) <= WIDTH else GAP - 1
+    table.padding = (0, gap - 1, 0, 0)  # the box has one column between two, too
+    free = max(0, WIDTH - sum(least) - gap * (len(least) - 1))
     for column, head, narrow in zip(table.columns, heads, least, strict=True):
         wider = min(max(0, head - narrow), free)
         free -= wider
         column.header = shortened(str(column.header), narrow + wider)
     title, table.title = Text(str(table.title), style="bold"), None
     return Group(title, table)
+
+
+def _digits(values: Iterable[float]) -> int:
+    """As few as tell swept values apart; at least 3 and at most 6.
+
+    >>> _digits([0.123456, 0.9]), _digits([0.9995, 0.9999])
+    (3, 4)
+    """
+    distinct = set(values)
+    enough = (n for n in range(3, 6) if len({f"{v:.{n}g}" for v in distinct}) == len(distinct))
+    return next(enough, 6)
 
 
 def _left_out(rows: int) -> str:

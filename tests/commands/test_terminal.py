@@ -311,6 +311,18 @@ def test_small_figures_are_told_to_three_digits(tmp_path):
     assert ["full", "-1.3e-05", "-", "-", "-1.3e-05"] in lines
 
 
+def test_drawn_values_are_not_cut(tmp_path):
+    write_sweep(tmp_path)
+    table = SearchResult.load(tmp_path / "small-1").table()
+    drawn = {"gamma": 0.913725, "epsilon": 0.012345, "tuning_cost_weight": 0.0333333,
+             "switch_cost_weight": 0.00123456, "cost": 12.345, "switches": 2.5,
+             "episodes_of_others": 120}  # fmt: skip
+    shown = tables.trials_table(table.assign(**drawn), None, metric="accuracy")
+    lines = plain(lambda terminal: terminal.show(shown))
+    assert_fits(lines)
+    assert {"0.914", "0.0123", "0.0333", "0.00123", "12.345", "120"} <= set(lines[3].split())
+
+
 def test_swept_values_that_differ_are_told_apart(tmp_path):
     write_sweep(tmp_path)
     table = SearchResult.load(tmp_path / "small-1").table().assign(gamma=[0.9995, 0.9999, 0.99])
