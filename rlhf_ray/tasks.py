@@ -62,6 +62,10 @@ def n_examples(inputs: Inputs) -> int:
     return next(iter(input_tensors(inputs).values())).shape[0]
 
 
+OTHER_FIGURES = ("cost", "switches", "stages", "utility")
+"""What reports say of a fine-tuning besides its metric."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """What a task is judged by.
@@ -70,11 +74,22 @@ class Metric:
         name: shown in tables.
         function: (outputs, targets) of a whole split -> number.
         higher_is_better: the metric's direction.
+
+    Raises:
+        InputError: a name that reports have for another figure.
     """
 
     name: str
     function: Callable[[Tensor, Tensor], Tensor | float]
     higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name in OTHER_FIGURES:
+            raise InputError(
+                "a metric's name must not be that of another figure of reports "
+                f"({', '.join(OTHER_FIGURES)}), got name={self.name!r}. "
+                "Give rlhf_ray.Metric(name=..., function=...)."
+            )
 
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -80,6 +80,14 @@ def test_digest_is_of_the_content() -> None:
     assert len({task("a").digest, *(other.digest for other in others)}) == 6
 
 
+def test_a_metric_has_a_name_of_its_own() -> None:
+    def cost(outputs: Tensor, y: Tensor) -> float:
+        return float((outputs.argmax(1) != y).float().mean())
+
+    with pytest.raises(InputError, match="another figure of reports .*, got name='cost'. Give"):
+        task(metric=cost)
+
+
 def test_plain_function_counts_as_a_metric_of_which_more_is_better() -> None:
     def margin(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.max()
