@@ -84,7 +84,7 @@ def test_a_metric_has_a_name_of_its_own() -> None:
     def cost(outputs: Tensor, y: Tensor) -> float:
         return float((outputs.argmax(1) != y).float().mean())
 
-    with pytest.raises(InputError, match="another figure of reports .*, got name='cost'. Give"):
+    with pytest.raises(InputError, match=r"another figure of reports .*, got name='cost'\. Give"):
         task(metric=cost)
 
 
