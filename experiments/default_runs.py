@@ -3,9 +3,8 @@
     python experiments/default_runs.py --storage-path RUNS
 
 `python -m rlhf_ray.launch` with default flags and the suite seeds 0 to 4: each has other images in
-its pools, another pretrained network and other tasks, as another processor or version of torch has,
-on which training rounds differently. Means over the five, differences of utility with Student's
-interval over them. Sweeps that are there are not run again; writes default_runs.md.
+its pools, another pretrained network and other tasks. Means over the five, differences of utility
+with Student's interval over them. Sweeps that are there are not run again; writes default_runs.md.
 """
 
 import argparse
