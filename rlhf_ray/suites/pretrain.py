@@ -111,7 +111,7 @@ def _train(
 ) -> None:
     """Trains in float64: processors round differently, and training makes much of it.
 
-    What float32 keeps in the end is the same on all, and so is who the suite is (its digest).
+    What float32 keeps in the end is the same on all, and so is the suite's digest.
     """
     x, y = images[0].double(), images[1]
     rng = torch.Generator().manual_seed(seed)
