@@ -1,6 +1,6 @@
 """Seconds of a stage in the engine against the plain PyTorch loop, level by level.
 
-    python experiments/stage_speed.py [PART ...]
+    python experiments/stage_speed.py [--device cuda] [PART ...]
 
 A stage is what the product carries out: optimizer steps of batch 64 on one level of the pretrained
 model, then an evaluation on val. The plain loop does the same steps (Adam; the other levels frozen
@@ -8,11 +8,13 @@ and in eval mode, so that autograd stops where it can) and the same evaluation, 
 memory format; it keeps no activations and is not charged for resetting its weights. *First* is the
 engine's first stage of a task, with every cache empty; *later* one from a prefix that is cached.
 The row *together* has the means of the seconds, their ratios, and the geometric means of the
-levels' ratios. One thread; medians of alternating repeats. CPU: processor seconds, which other load
-on the machine hardly moves. Where there is a CUDA device, the same on it in wall seconds. Random
-inputs, seed 0. Writes stage_speed.md; of the PARTs named, if any are, only prints.
+levels' ratios. One thread; medians of alternating repeats. CPU: processor seconds, which other
+load on the machine hardly moves. A CUDA device: wall seconds, to the end of its work. Random
+inputs, seed 0. Writes stage_speed.md, or stage_speed_cuda.md; of the PARTs named, if any are, only
+prints.
 """
 
+import argparse
 import platform
 import statistics
 import sys
@@ -190,18 +192,23 @@ def table(case: Case, device: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("parts", metavar="PART", nargs="*", help=", ".join(PARTS))
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     found = [HEADER]
-    for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
-        for part in sys.argv[1:] or PARTS:
-            for case in PARTS[part]:
-                found.append(table(case, device))
-                sys.stdout.write(found[-1] + "\n")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    found.append(f"Made by stage_speed.py (one thread of {platform.machine()}, {gpu}, Python "
+    for part in asked.parts or PARTS:
+        for case in PARTS[part]:
+            found.append(table(case, asked.device))
+            sys.stdout.write(found[-1] + "\n")
+            sys.stdout.flush()
+    on = torch.cuda.get_device_name() if asked.device == "cuda" else "no GPU"
+    found.append(f"Made by stage_speed.py (one thread of {platform.machine()}, {on}, Python "
                  f"{platform.python_version()}, torch {torch.__version__}).\n")  # fmt: skip
-    if not sys.argv[1:]:
-        Path(__file__).with_suffix(".md").write_text("\n".join(found))
+    if not asked.parts:
+        name = "stage_speed_cuda.md" if asked.device == "cuda" else "stage_speed.md"
+        Path(__file__).with_name(name).write_text("\n".join(found))
 
 
 if __name__ == "__main__":

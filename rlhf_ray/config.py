@@ -98,6 +98,8 @@ class SearchConfig:
         val_size: val examples that decisions use, >= 1.
         device: "auto", "cpu" or "cuda".
         precision: "fp32", or "bf16" on CUDA.
+        cuda_graphs: on CUDA, capture training steps and replay them, which computes the same;
+            False: for models whose Python code decides something anew at every step, unnoticed.
         cache_gb: bound per worker on each of: cached activations, tasks' data on the device,
             weights in memory; GB, >= 0; 0: no caching. The data of the task at work always stay.
         weights_gb: bound on the weights kept under the storage path, GB, > 0.
@@ -165,6 +167,7 @@ class SearchConfig:
     val_size: int = 256
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    cuda_graphs: bool = True
     cache_gb: float = 0.25
     weights_gb: float = 4.0
     storage_path: str = "./rlhf_runs"
@@ -235,6 +238,7 @@ class SearchConfig:
         return EngineSettings(
             device=self.device,
             precision=self.precision,
+            cuda_graphs=self.cuda_graphs,
             val_size=self.val_size,
             cache_bytes=int(self.cache_gb * 2**30),
         )
@@ -281,7 +285,7 @@ class SearchConfig:
             "storage_path", "name", "address", "num_workers", "cpus_per_worker",
             "gpus_per_worker", "concurrent_trials", "cache_gb", "weights_gb", "baselines",
             "search_stages",
-            "device", "replay_only", "dashboard", "mlflow", "wandb",
+            "device", "cuda_graphs", "replay_only", "dashboard", "mlflow", "wandb",
         }  # fmt: skip
         return {k: v for k, v in self.as_json().items() if k not in elsewhere}
 

@@ -33,6 +33,25 @@ def apart(device: torch.device) -> Iterator[None]:
             np.random.set_state(with_numpy)
 
 
+@contextlib.contextmanager
+def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on a stream of its own: after all that was asked for before, before what follows.
+
+    Args:
+        stream: None: where there are no streams.
+    """
+    if stream is None:
+        yield
+        return
+    around = torch.cuda.current_stream()
+    stream.wait_stream(around)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        around.wait_stream(stream)
+
+
 def seed_all(seed: int, device: torch.device) -> None:
     """Seeds what modules may draw from: torch on the CPU and on a device, NumPy and Python."""
     # not torch.manual_seed: it notes a traceback for every kind of device that is not there

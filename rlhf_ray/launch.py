@@ -59,7 +59,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "storage": ("storage_path", "name", "fresh", "share", "prefill", "replay_only", "weights_gb"),
     "cluster": (
         "address", "dashboard", "num_workers", "cpus_per_worker", "gpus_per_worker",
-        "concurrent_trials", "stages_in_flight", "env_runners", "device", "precision", "cache_gb",
+        "concurrent_trials", "stages_in_flight", "env_runners", "device", "precision",
+        "cuda_graphs", "cache_gb",
     ),
     "output": ("mlflow", "wandb", "max_minutes", "list", "dry_run", "json", "quiet", "version"),
 }  # fmt: skip

@@ -3,13 +3,16 @@
 All memory is marked with the device that Python code put it on. Operations run on the CPU, backward
 passes included. What a GPU refuses is refused: operations on tensors of two devices, NumPy on a
 tensor that is not on the CPU, recurrent layers in eval mode that gradients shall pass, and waits
-where `torch.cuda.set_sync_debug_mode` forbids them. Not simulated: kernels, their rounding,
-streams, random states of the device, more than one thread. Autocast is that of CPUs.
+where `torch.cuda.set_sync_debug_mode` forbids them, or while a graph is captured. A graph carries
+out the operations that were met, on the memory that they were met with. Not simulated: kernels,
+their rounding, streams, random states of the device, more than one thread. Autocast is that of
+CPUs.
 
     pytest --simulated-cuda tests/engine
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -33,6 +36,7 @@ class Device:
     def __init__(self) -> None:
         self.sync_mode = "default"
         self.n_transfers = 0
+        self.capturing: Graph | None = None
         self._marks: dict[int, tuple[StorageWeakRef, torch.device, int]] = {}
 
     def of(self, value: Tensor) -> torch.device | None:
@@ -57,11 +61,61 @@ class Device:
 
     def wait(self, why: str) -> None:
         """Something waits for the device."""
-        if self.sync_mode == "error":
+        if self.capturing is not None or self.sync_mode == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {why}")
+        if self.sync_mode == "warn":
+            warnings.warn(f"called a synchronizing CUDA operation: {why}", stacklevel=2)
 
     def set_sync_debug_mode(self, mode: str) -> None:
         self.sync_mode = mode
+
+
+class Graph:
+    """What was met during a capture: operations, and the memory that they write into."""
+
+    def __init__(self) -> None:
+        self._met: list[tuple[Any, Any, Any, dict[int, Tensor], bool]] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Keeps what an operation is about to write into: a capture carries nothing out."""
+        for i, argument in enumerate(func._schema.arguments):
+            says_so = argument.alias_info is not None and argument.alias_info.is_write
+            if says_so or argument.name.startswith("running_"):  # batch norm's schema does not
+                named = (kwargs or {}).get(argument.name)
+                for tensor in _tensors(args[i] if i < len(args) else named):
+                    at = tensor.untyped_storage()._cdata
+                    whole = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+                    self._before.setdefault(at, (whole, whole.clone()))
+
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Keeps an operation, and those of its results whose memory is new."""
+        known = {value.untyped_storage()._cdata for value in _tensors(args, kwargs)}
+        results = enumerate(_tensors(result))
+        new = {i: v for i, v in results if v.untyped_storage()._cdata not in known}
+        self._met.append((func, args, kwargs, new, torch.is_grad_enabled()))
+
+    def end(self) -> None:
+        """Puts back what was written."""
+        for whole, before in self._before.values():
+            whole.copy_(before)
+        self._before.clear()
+
+    def replay(self) -> None:
+        """Carries the operations out again."""
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, new, with_gradients in self._met:
+                with torch.set_grad_enabled(with_gradients):  # some give more with them
+                    found = _tensors(func(*args, **(kwargs or {})))
+                for i, place in new.items():
+                    place.copy_(found[i])
+
+
+class Stream:
+    """Does everything at once."""
+
+    def wait_stream(self, other: Any) -> None:
+        """There is nothing to wait for."""
 
 
 def _has_memory(value: Tensor) -> bool:
@@ -98,7 +152,12 @@ class _Operations(TorchDispatchMode):
             raise RuntimeError(f"Expected all tensors to be on the same device: {name} of {shapes}")
         if CUDA in found and name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
             self._device.wait(name)
+        graph = self._device.capturing if CUDA in found else None
+        if graph is not None:
+            graph.note_writes(func, args, kwargs)
         result = func(*args, **(kwargs or {}))
+        if graph is not None:
+            graph.note(func, args, kwargs, result)
         new = [value for value in _tensors(result) if self._device.of(value) is None]
         for place in found:
             self._device.mark(new, place)
@@ -194,6 +253,17 @@ def _from_numpy(device: Device, plain: Callable[[Any], Tensor]) -> Callable[[Any
 
 
 @contextlib.contextmanager
+def _capture(device: Device, graph: Graph) -> Iterator[None]:
+    device.capturing, drawn = graph, torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        device.capturing = None
+        graph.end()
+        torch.random.set_rng_state(drawn)
+
+
+@contextlib.contextmanager
 def simulated_cuda() -> Iterator[Device]:
     """Inside, this thread has a CUDA device."""
     device = Device()
@@ -209,6 +279,14 @@ def simulated_cuda() -> Iterator[Device]:
         "set_rng_state": lambda state, device=None: None,
         "memory_allocated": device.allocated,
         "set_sync_debug_mode": device.set_sync_debug_mode,
+        "get_sync_debug_mode": lambda: device.sync_mode,
+        "is_current_stream_capturing": lambda: device.capturing is not None,
+        "graph_pool_handle": lambda: (0, 1),
+        "current_stream": lambda device=None: Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, *args, **kwargs: _capture(device, graph),
     }
     with contextlib.ExitStack() as stack:
 

@@ -95,6 +95,7 @@ def test_digest_is_of_what_is_computed_not_of_where() -> None:
     for change in (
         {"storage_path": "elsewhere"}, {"name": "n"}, {"num_workers": 3}, {"address": "auto"},
         {"concurrent_trials": 1}, {"baselines": ("all",)}, {"cache_gb": 0.0},
+        {"cuda_graphs": False},
     ):  # fmt: skip
         assert replace(base, **change).digest() == base.digest()
     for change in ({"seed": 1}, {"gamma": (0.9,)}, {"episodes": 5}, {"rllib": {"lr": 1e-4}},

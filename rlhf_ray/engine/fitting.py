@@ -1,6 +1,7 @@
 """The output layer fitted on its own, to the end, by L-BFGS (`operations.Fit`)."""
 
 import contextlib
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +16,11 @@ from rlhf_ray.levels import LevelSplit
 from rlhf_ray.tasks import Inputs, call_model
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+CPU_PRODUCTS = 1 << 22
+"""The most multiplications of a forward pass through the layer for which a fit is done on the CPU,
+wherever the model lies: L-BFGS takes hundreds of tiny steps that wait for one another. With 256
+examples and 64 features a GPU took five times as long."""
 
 
 def output_layer(model: nn.Module, split: LevelSplit, example: Inputs) -> nn.Linear | None:
@@ -96,6 +102,46 @@ def output_loss(
     return plain.detach(), value.detach(), torch.autograd.grad(value, parameters)
 
 
+def fit_where_quickest(
+    layer: nn.Linear,
+    features: Tensor,
+    targets: Tensor,
+    loss: Callable[[torch.device], Loss],
+    *,
+    proximal: float,
+    evaluations: int,
+) -> Tensor:
+    """`fit_output` on the layer's device, or on the CPU if it is small: sizes alone settle it.
+
+    Args:
+        layer: see there.
+        features: see there.
+        targets: see there.
+        loss: device -> the loss of outputs there.
+        proximal: see there.
+        evaluations: see there.
+    """
+    device, cpu = layer.weight.device, torch.device("cpu")
+    if device == cpu or features.numel() * layer.out_features > CPU_PRODUCTS:
+        found = loss(device)
+        return fit_output(
+            layer, features, targets, found, proximal=proximal, evaluations=evaluations
+        )
+    fitted = copy.deepcopy(layer).to(cpu)
+    value = fit_output(
+        fitted,
+        features.to(cpu),
+        targets.to(cpu),
+        loss(cpu),
+        proximal=proximal,
+        evaluations=evaluations,
+    )
+    with torch.no_grad():
+        for parameter, new in zip(layer.parameters(), fitted.parameters(), strict=True):
+            parameter.copy_(new)
+    return value.to(device)
+
+
 def fit_output(
     layer: nn.Linear,
     features: Tensor,
@@ -105,7 +151,7 @@ def fit_output(
     proximal: float,
     evaluations: int,
 ) -> Tensor:
-    """Minimises the loss over the output layer by L-BFGS (Liu and Nocedal 1989).
+    """Minimises the loss over the output layer by L-BFGS (Liu and Nocedal 1989), where it lies.
 
     It evaluates exactly as often as it says, so that the account is known beforehand: a line search
     is cut off where they are spent, and the best point that was met is kept.

@@ -13,8 +13,10 @@ from typing import Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from rlhf_ray.digests import source_digest
 from rlhf_ray.engine.activations import ActivationCache
 from rlhf_ray.engine.fitting import output_layer
+from rlhf_ray.engine.graphs import StepGraphs
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
 from rlhf_ray.engine.splits import SplitData, Splits
 from rlhf_ray.errors import InputError, unknown_name
@@ -48,6 +50,7 @@ class EngineSettings:
         reference_steps: steps of the full stage, the unit of cost, >= 1.
         reference_batch_size: its batch size, >= 1.
         channels_last: memory format of 4-D weights and inputs.
+        cuda_graphs: on CUDA, capture training steps and replay them, where that can be relied on.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -58,6 +61,7 @@ class EngineSettings:
     reference_steps: int = 20
     reference_batch_size: int = 64
     channels_last: bool = True
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("device", "precision"):
@@ -132,6 +136,9 @@ class LoadedModel:
         self.pretrained = {name: value.detach().clone() for name, value in self.state.items()}
         self._loaded: list[str | None] = [PRETRAINED] * self.split.n_levels
         self._losses: dict[str, Loss] = {}
+        self._loss_digests: dict[str, str] = {}
+        on_graphs = settings.cuda_graphs and self.device.type == "cuda"
+        self.graphs = StepGraphs(self.model) if on_graphs else None
         self._activations = ActivationCache(settings.cache_bytes)
         example = self.place(example)
         self.plan: SegmentPlan = plan_segments(self.model, self.split, example)
@@ -165,9 +172,11 @@ class LoadedModel:
         return True
 
     def release(self) -> None:
-        """Drops kept activations and the tasks' data, and gives the GPU's free memory back."""
+        """Drops kept activations, graphs and tasks' data, and gives the GPU's free memory back."""
         self._activations = ActivationCache(self.settings.cache_bytes)
         self._splits.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -182,6 +191,12 @@ class LoadedModel:
         if task.digest not in self._losses:
             self._losses[task.digest] = loss_on(self.device, task)
         return self._losses[task.digest]
+
+    def loss_digest(self, task: Task) -> str:
+        """Equal for losses that compute the same."""
+        if task.digest not in self._loss_digests:
+            self._loss_digests[task.digest] = source_digest(task.loss)
+        return self._loss_digests[task.digest]
 
     def load(self, versions: tuple[str, ...], load: Load | None) -> None:
         """Brings the model to a state; levels that are there already are not copied.

@@ -2,13 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weighted_modules
 from rlhf_ray.engine.allocation import to_keep
-from rlhf_ray.engine.fitting import fit_output, layer_inputs
+from rlhf_ray.engine.fitting import fit_where_quickest, layer_inputs
+from rlhf_ray.engine.graphs import Step
 from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.engine.segments import Values
@@ -23,7 +25,7 @@ from rlhf_ray.errors import InputError
 from rlhf_ray.isolation import restored_buffers, seed_all
 from rlhf_ray.operations import NEEDS, Align, Fit, Operation, Train, span
 from rlhf_ray.outcomes import PRETRAINED, LevelState, Outcome
-from rlhf_ray.tasks import Task
+from rlhf_ray.tasks import Task, loss_on
 
 
 class Session:
@@ -102,9 +104,15 @@ class Session:
         take = self._train_source(boundary, settings.examples_drawn(data.n))
         self._touch(self.levels)
         parameters = self._parameters()
+        loss = loaded.loss(self.task)
 
-        def forward(index: Tensor) -> Tensor:
-            return loaded.output(take(index), boundary)
+        def captured(step: Step) -> Step:
+            if loaded.graphs is None:
+                return step
+            loaded.graphs.settle(optimizer, settings.optimizer, parameters)
+            alike = replace(settings, name="", steps=None, keep_optimizer_state=False)
+            kind = self.levels, boundary, alike, loaded.loss_digest(self.task)
+            return loaded.graphs.steps(kind, step, optimizer, loss)
 
         with _training(self._modules(), parameters), differentiable_recurrence(loaded.model):
             optimizer = make_optimizer(
@@ -122,10 +130,12 @@ class Session:
                     self.generator,
                     device=loaded.device,
                 ),
-                forward=forward,
-                loss=loaded.loss(self.task),
+                take=take,
+                output=lambda values: loaded.output(values, boundary),
+                loss=loss,
                 targets=data.targets,
                 anchors={p: loaded.pretrained[name] for name, p in parameters.items()},
+                captured=captured,
             )
         self._losses.append(losses)
         if settings.keep_optimizer_state:
@@ -163,16 +173,17 @@ class Session:
         chunks = torch.arange(data.n, device=loaded.device).split(CHUNK)
         features = layer_inputs(layer, lambda: [loaded.output(take(i), start) for i in chunks])
         self._touch((last,))
-        self._losses.append(
-            fit_output(
-                layer,
-                features,
-                data.targets,
-                loaded.loss(self.task),
-                proximal=settings.proximal,
-                evaluations=settings.evaluations,
-            )
+        loss = fit_where_quickest(
+            layer,
+            features,
+            data.targets,
+            lambda device: (
+                loaded.loss(self.task) if device == loaded.device else loss_on(device, self.task)
+            ),
+            proximal=settings.proximal,
+            evaluations=settings.evaluations,
         )
+        self._losses.append(loss)
 
     def carry_out(self, operation: Operation) -> None:
         """Runs an operation with the stage's own seed for everything drawn by modules (dropout)."""

@@ -31,7 +31,7 @@ from rlhf_ray.engine.prices import StagePrices, flop_table
 from rlhf_ray.engine.segments import SegmentPlan
 from rlhf_ray.engine.stage_session import Session
 from rlhf_ray.errors import InputError
-from rlhf_ray.isolation import apart, restored_buffers, seed_all
+from rlhf_ray.isolation import apart, beside, restored_buffers, seed_all
 from rlhf_ray.levels import model_digest, split_levels
 from rlhf_ray.operations import Operation
 from rlhf_ray.outcomes import (
@@ -67,7 +67,7 @@ def _set_apart(
 
     @functools.wraps(method)
     def inside(self: "Engine", *args: P.args, **kwargs: P.kwargs) -> Returned:
-        with apart(self._loaded.device):
+        with apart(self._loaded.device), beside(self._stream):
             return method(self, *args, **kwargs)
 
     return inside
@@ -101,7 +101,11 @@ class Engine:
         self._suite = suite
         here = self.settings if carries_out else self.settings.on_this_machine()
         here.check_device()
-        with apart(here.torch_device):
+        # autograd remembers on which stream it met a parameter first: all must be on one, and
+        # graphs are not captured on the default one
+        on_cuda = here.torch_device.type == "cuda"
+        self._stream = torch.cuda.Stream() if on_cuda else None
+        with apart(here.torch_device), beside(self._stream):
             self._loaded = LoadedModel(suite, here)
         self._flop_models: dict[str, FlopModel] = {}
         self._flop_models_alike: dict[tuple[object, ...], FlopModel] = {}
@@ -237,6 +241,7 @@ class Engine:
             meta=self._meta,
         )
 
+    @_set_apart
     def state_dict(self, state: Outcome, load: Load) -> dict[str, Tensor]:
         """A state's weights as the suite's model names them, on the CPU."""
         self._loaded.load(state.versions, load)

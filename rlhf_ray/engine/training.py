@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.allocation import to_keep
+from rlhf_ray.engine.graphs import Step
+from rlhf_ray.engine.segments import Values
 from rlhf_ray.operations import OptimizerName, Train
 
 
@@ -105,10 +107,12 @@ def train_steps(
     *,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Tensor],
-    forward: Callable[[Tensor], Tensor],
+    take: Callable[[Tensor], Values],
+    output: Callable[[Values], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     targets: Tensor,
     anchors: Mapping[nn.Parameter, Tensor] | None = None,
+    captured: Callable[[Step], Step] = lambda step: step,
 ) -> Tensor:
     """Carries out the steps.
 
@@ -116,26 +120,31 @@ def train_steps(
         settings: of the operation; the caller has set modes and `requires_grad`.
         optimizer: over the trained parameters.
         batches: example indices (B,) of each step, on the device.
-        forward: indices -> outputs.
+        take: indices -> what the trained levels are run on.
+        output: that -> outputs.
         loss: (outputs, targets) -> scalar.
         targets: of the whole split, on the device.
         anchors: where `settings.l2_sp` pulls parameters to; needed if that is not 0.
+        captured: makes of a step one that does the same (`StepGraphs.steps`).
 
     Returns:
         The loss of every step, float32 (K,), on the device: reading it is left to the caller, so
         that steps are not held up by a transfer.
     """
-    losses = []
     pulled = anchors if anchors and settings.l2_sp else {}
-    for index in batches:
+
+    def step(values: Values, wanted: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        value = loss(forward(index), targets[index])
+        value = loss(output(values), wanted)
         value.backward()
         with torch.no_grad():
             for parameter, anchor in pulled.items():
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter - anchor, alpha=settings.l2_sp)
         optimizer.step()
-        losses.append(value.detach().float())
+        return value.detach().float()
+
+    run = captured(step)
+    losses = [run(take(index), targets.index_select(0, index)) for index in batches]
     optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses)

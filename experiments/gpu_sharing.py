@@ -1,0 +1,127 @@
+"""Stages per second of one GPU: with and without CUDA graphs, by the workers that share it.
+
+    python experiments/gpu_sharing.py [--device cpu]
+
+Distinct stages of the product, of 20 steps each, on all four levels of the built-in suites' CNN in
+turn, carried out by workers on a local Ray, committed to a tree on disk; two askers per worker. The
+first stages, in which libraries are loaded and graphs captured, are not timed. Random inputs, seed
+0. Writes gpu_sharing.md.
+"""
+
+import argparse
+import functools
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+import torch
+from stage_speed import CNN
+
+import rlhf_ray as rr
+from rlhf_ray.engine.loaded_model import EngineSettings
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.operations import Train
+from rlhf_ray.outcomes import StageRequest, StageStep
+from rlhf_ray.tree.client import RayStages
+from rlhf_ray.tree.workers import start_workers
+
+N_TASKS, PER_WORKER = 8, 96
+
+
+def suite() -> rr.Suite:
+    torch.manual_seed(0)
+    splits = [
+        {name: (CNN.inputs(n), torch.arange(n) % 10)
+         for name, n in (("train", 256), ("val", 256), ("test", 1))}
+        for _ in range(N_TASKS)
+    ]  # fmt: skip
+    tasks = [rr.Task(name=f"task{i}", **split) for i, split in enumerate(splits)]
+    return rr.Suite(name="sharing", model=CNN.model(), levels=CNN.levels, train_tasks=tasks,
+                    val_tasks=[], test_tasks=[])  # fmt: skip
+
+
+def requests(replicas: range) -> list[StageRequest]:
+    """Stages of depth 1, all different: every level of every task, by replica."""
+    operation = Train(name="train", learning_rate=1e-3)
+    paths = [(StageStep(operation=operation, levels=(level,)),) for level in range(len(CNN.levels))]
+    return [StageRequest(task=f"task{i}", replica=replica, path=path)
+            for replica in replicas for i in range(N_TASKS) for path in paths]  # fmt: skip
+
+
+def stages_per_second(tasks: rr.Suite, settings: EngineSettings, n_workers: int) -> float:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        start_workers(
+            functools.partial(Engine, tasks, settings),
+            folder,
+            num_workers=n_workers,
+            gpus_per_worker=1 / n_workers if settings.device == "cuda" else 0,
+        ) as handle,
+    ):
+        while sum(worker["state"] == "idle" for worker in handle.stats()["workers"]) < n_workers:
+            time.sleep(0.1)
+        per_replica = N_TASKS * len(CNN.levels)
+        carry_out(handle.stages, requests(range(2 * n_workers)), 2 * n_workers)
+        n = max(1, n_workers * PER_WORKER // per_replica)
+        timed = requests(range(2 * n_workers, 2 * n_workers + n))
+        began = time.perf_counter()
+        carry_out(handle.stages, timed, 2 * n_workers)
+        return len(timed) / (time.perf_counter() - began)
+
+
+def carry_out(stages: RayStages, asked: Sequence[StageRequest], n_askers: int) -> None:
+    """Askers in threads, each asking for one stage after the other."""
+    work, lock = iter(asked), threading.Lock()
+
+    def ask() -> None:
+        while True:
+            with lock:
+                request = next(work, None)
+            if request is None:
+                return
+            stages.outcome(request)
+
+    threads = [threading.Thread(target=ask) for _ in range(n_askers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    asked = parser.parse_args()
+    tasks = suite()
+    gpus = 1 if asked.device == "cuda" else 0
+    ray.init(address="local", num_cpus=max(asked.workers) + 1, num_gpus=gpus,
+             include_dashboard=False, log_to_driver=False)  # fmt: skip
+    rates: dict[tuple[bool, int], float] = {}
+    for n_workers in asked.workers:
+        for graphs in (False, True):
+            settings = EngineSettings(device=asked.device, cuda_graphs=graphs)
+            rates[graphs, n_workers] = stages_per_second(tasks, settings, n_workers)
+    ray.shutdown()
+    lines = ["| workers | without graphs, stages/s | with graphs, stages/s | ratio |",
+             "| --- | --- | --- | --- |"]  # fmt: skip
+    for n_workers in asked.workers:
+        without, with_ = rates[False, n_workers], rates[True, n_workers]
+        lines.append(f"| {n_workers} | {without:.0f} | {with_:.0f} | {with_ / without:.1f} |")
+    on = torch.cuda.get_device_name() if gpus else "no GPU"
+    lines.append(f"\nMade by gpu_sharing.py ({on}, {os.cpu_count()} cores of {platform.machine()}, "
+                 f"Python {platform.python_version()}, Ray {ray.__version__}, torch "
+                 f"{torch.__version__}).")  # fmt: skip
+    sys.stdout.write("\n".join(lines) + "\n")
+    if asked.device == "cuda":
+        Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

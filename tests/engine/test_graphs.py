@@ -1,0 +1,211 @@
+"""Training steps as CUDA graphs: the same to the last bit, and only where that can be relied on.
+
+On a GPU where there is one, else on `simulated_cuda`.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from simulated_cuda import simulated_cuda
+from test_stages import path_of, suite_of, train
+from torch import nn
+
+from rlhf_ray.engine import graphs
+from rlhf_ray.engine.graphs import StepGraphs
+from rlhf_ray.engine.loaded_model import EngineSettings
+from rlhf_ray.engine.stages import Engine
+from rlhf_ray.operations import Operation
+from rlhf_ray.outcomes import Outcome, StageRequest
+from rlhf_ray.tasks import Suite
+from rlhf_ray.tree.stage_tree import LocalStages
+
+pytestmark = pytest.mark.gpu
+EAGER = EngineSettings(device="cuda", val_size=10, probe_size=6, cuda_graphs=False)
+GRAPHS = dataclasses.replace(EAGER, cuda_graphs=True)
+ON_A_GPU = torch.cuda.is_available()
+# packing sequences takes lengths on the CPU and all else on the device: that is not simulated
+ALL_CASES = {**zoo.CASES, "packed": zoo.PACKED} if ON_A_GPU else zoo.CASES
+ROUNDING = {"unet"} if ON_A_GPU else set[str]()
+"""Cases that no two runs round the same: torch adds a loss per pixel up in any order."""
+DRAWING = {"norm_cnn", "net", "transformer", "torch_transformer", "convnext"}
+"""Cases with dropout and its like: the simulated device draws their masks on the CPU."""
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    if not ON_A_GPU:
+        with simulated_cuda():
+            yield
+        return
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def stages_of(suite: Suite, settings: EngineSettings) -> tuple[LocalStages, StepGraphs | None]:
+    stages = LocalStages(Engine(suite, settings))
+    return stages, stages.engine._loaded.graphs  # type: ignore[attr-defined]
+
+
+def carried_out(
+    stages: LocalStages, *operations: Operation
+) -> tuple[Outcome, dict[str, torch.Tensor]]:
+    paths = [path_of((0,), (1,), (0, 1), (1,), operation=operation) for operation in operations]
+    request = StageRequest(task="task", path=sum(paths, ()))
+    return stages.outcome(request).outcome, stages.state_dict(request)
+
+
+def assert_equal(
+    a: tuple[Outcome, dict[str, torch.Tensor]], b: tuple[Outcome, dict[str, torch.Tensor]]
+) -> None:
+    for name in ("key", "metric", "loss", "entropy", "train_loss", "versions", "flops"):
+        assert getattr(a[0], name) == getattr(b[0], name), name
+    for key, value in a[1].items():
+        torch.testing.assert_close(value, b[1][key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_graphs_change_nothing(name: str, optimizer: Any) -> None:
+    operations = (
+        train(optimizer=optimizer, steps=6),
+        train(optimizer=optimizer, steps=6, learning_rate=1e-3, l2_sp=0.1),
+        train(optimizer=optimizer, steps=None, batch_size=6, keep_optimizer_state=False),
+    )
+    suite = suite_of(ALL_CASES[name])
+    (eager, none), (replayed, made) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
+    found = carried_out(eager, *operations), carried_out(replayed, *operations)
+    if name in ROUNDING:
+        assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-4)
+    else:
+        assert_equal(*found)
+    assert none is None and made is not None
+    if name == "packed":  # lengths are read on the CPU
+        assert not len(made) and set(made.refused.values()) == {"it waits for the device"}
+    elif ON_A_GPU or name not in DRAWING:
+        assert len(made) >= 6, made.refused
+
+
+def test_few_graphs_and_none_after_release_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
+    operations = train(steps=6), train(steps=6, learning_rate=1e-3), train(steps=6)
+    suite = suite_of(zoo.CASES["cnn2"])
+    (eager, _), (replayed, made) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+    assert made is not None and len(made) == 1
+    replayed.release()
+    assert len(made) == 0
+    operations = (*operations, train(steps=9))
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+    assert len(made) == 1
+
+
+class Odd(nn.Module):
+    """A network whose code does something that a graph would not do again."""
+
+    def __init__(self, what: Callable[["Odd", torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.what, self.calls = what, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.what(self, self.first(x)))
+
+
+def looks(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    return x if x.mean().item() > 0 else -x
+
+
+def throws(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    return x * random.random()
+
+
+def counts(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    model.calls += 1
+    return x * (1 + model.calls % 3)
+
+
+def replaces(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    model.seen = model.seen + 1.0
+    return x + model.seen
+
+
+def objects(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError("not now")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        (looks, "it waits for the device"),
+        (throws, "it draws random numbers on the CPU"),
+        (counts, "a module keeps account of its calls"),
+        (replaces, "a module keeps account of its calls"),
+        (objects, "NotImplementedError: not now"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_graph_would_not_do_again_is_not_captured(
+    what: Callable[[Odd, torch.Tensor], torch.Tensor], why: str
+) -> None:
+    case = zoo.Case(
+        lambda: Odd(what), {"first": ["first"], "head": ["head"]},
+        lambda n: torch.randn(n, 6), lambda n: torch.arange(n) % 3, "fx",
+    )  # fmt: skip
+    operation = train(steps=6)
+    (eager, _), (watched, made) = (stages_of(suite_of(case), s) for s in (EAGER, GRAPHS))
+    assert_equal(carried_out(eager, operation), carried_out(watched, operation))
+    assert made is not None
+    assert any(why in reason for reason in made.refused.values()), made.refused
+
+
+class Weighted(nn.Module):
+    """A loss that weighs classes by how often it met them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("met", torch.ones(10))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.met.index_add_(0, targets, torch.ones_like(targets, dtype=self.met.dtype))
+        return F.cross_entropy(outputs, targets, weight=1 / self.met)
+
+
+def test_a_loss_with_a_memory_is_not_captured() -> None:
+    suite = suite_of(zoo.CASES["cnn2"])
+    (task,) = suite.train_tasks
+    suite = dataclasses.replace(suite, train_tasks=[dataclasses.replace(task, loss=Weighted())])
+    operation = train(steps=6)
+    (eager, _), (watched, made) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
+    assert_equal(carried_out(eager, operation), carried_out(watched, operation))
+    assert made is not None and not len(made)
+
+
+def test_losses_and_tasks_do_not_mix() -> None:
+    suite = suite_of(zoo.CASES["cnn2"])
+    (task,) = suite.train_tasks
+    n_classes = int(task.train[1].max()) + 1
+    weights = [torch.ones(n_classes), torch.arange(1.0, 1.0 + n_classes)]
+    tasks = [
+        dataclasses.replace(task, name=f"{i}", loss=nn.CrossEntropyLoss(weight=weight))
+        for i, weight in enumerate([*weights, weights[0]])
+    ]
+    suite = dataclasses.replace(suite, train_tasks=tasks)
+    path = path_of((1,), operation=train(steps=8))
+    found = []
+    for settings in (EAGER, GRAPHS):
+        stages, made = stages_of(suite, settings)
+        requests = [StageRequest(task=name, path=path) for name in "0120"]
+        found.append([stages.outcome(request).outcome.loss for request in requests])
+    assert found[0] == found[1]
+    assert made is not None and len(made) == 2
