@@ -5,7 +5,7 @@
 Distinct stages of the product, of 20 steps each, on all four levels of the built-in suites' CNN in
 turn, carried out by workers on a local Ray, committed to a tree on disk; two askers per worker. The
 first stages, in which libraries are loaded and graphs captured, are not timed. Random inputs, seed
-0. Writes gpu_sharing.md.
+0. Also what the tree's actor, which hands them out, takes of its processor. Writes gpu_sharing.md.
 """
 
 import argparse
@@ -54,7 +54,10 @@ def requests(replicas: range) -> list[StageRequest]:
             for replica in replicas for i in range(N_TASKS) for path in paths]  # fmt: skip
 
 
-def stages_per_second(tasks: rr.Suite, settings: EngineSettings, n_workers: int) -> float:
+def stages_per_second(
+    tasks: rr.Suite, settings: EngineSettings, n_workers: int
+) -> tuple[float, float]:
+    """Stages per second, and ms of the tree's processor per stage."""
     with (
         tempfile.TemporaryDirectory() as folder,
         start_workers(
@@ -70,9 +73,10 @@ def stages_per_second(tasks: rr.Suite, settings: EngineSettings, n_workers: int)
         carry_out(handle.stages, requests(range(2 * n_workers)), 2 * n_workers)
         n = max(1, n_workers * PER_WORKER // per_replica)
         timed = requests(range(2 * n_workers, 2 * n_workers + n))
-        began = time.perf_counter()
+        began, spent_s = time.perf_counter(), handle.stats()["processor_s"]
         carry_out(handle.stages, timed, 2 * n_workers)
-        return len(timed) / (time.perf_counter() - began)
+        rate = len(timed) / (time.perf_counter() - began)
+        return rate, 1000 * (handle.stats()["processor_s"] - spent_s) / len(timed)
 
 
 def carry_out(stages: RayStages, asked: Sequence[StageRequest], n_askers: int) -> None:
@@ -103,17 +107,19 @@ def main() -> None:
     gpus = 1 if asked.device == "cuda" else 0
     ray.init(address="local", num_cpus=max(asked.workers) + 1, num_gpus=gpus,
              include_dashboard=False, log_to_driver=False)  # fmt: skip
-    rates: dict[tuple[bool, int], float] = {}
+    rates: dict[tuple[bool, int], tuple[float, float]] = {}
     for n_workers in asked.workers:
         for graphs in (False, True):
             settings = EngineSettings(device=asked.device, cuda_graphs=graphs)
             rates[graphs, n_workers] = stages_per_second(tasks, settings, n_workers)
     ray.shutdown()
-    lines = ["| workers | without graphs, stages/s | with graphs, stages/s | ratio |",
-             "| --- | --- | --- | --- |"]  # fmt: skip
+    lines = ["| workers | without graphs, stages/s | with graphs, stages/s | ratio "
+             "| tree's processor, ms per stage |",
+             "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for n_workers in asked.workers:
-        without, with_ = rates[False, n_workers], rates[True, n_workers]
-        lines.append(f"| {n_workers} | {without:.0f} | {with_:.0f} | {with_ / without:.1f} |")
+        (without, _), (with_, tree_ms) = rates[False, n_workers], rates[True, n_workers]
+        lines.append(f"| {n_workers} | {without:.0f} | {with_:.0f} | {with_ / without:.1f} "
+                     f"| {tree_ms:.1f} |")  # fmt: skip
     on = torch.cuda.get_device_name() if gpus else "no GPU"
     lines.append(f"\nMade by gpu_sharing.py ({on}, {os.cpu_count()} cores of {platform.machine()}, "
                  f"Python {platform.python_version()}, Ray {ray.__version__}, torch "

@@ -159,7 +159,11 @@ def measured(case: Case, device: str) -> Iterator[tuple[str, float, float, float
             ways = (partial(plain_stage, model, modules, data, case.steps),
                     partial(engine.run, first, start, None),
                     partial(engine.run, later, start, None))  # fmt: skip
-            times.append([seconds(way, device) for way in ways])
+            found = []
+            for way in ways:
+                torch.backends.cudnn.deterministic = way is not ways[0]  # as in the workers
+                found.append(seconds(way, device))
+            times.append(found)
         yield name, *map(statistics.median, zip(*times, strict=True))
 
 
