@@ -34,7 +34,7 @@ class Device:
     """What lies on the device, and whether it may be waited for."""
 
     def __init__(self) -> None:
-        self.sync_mode = "default"
+        self.sync_mode = 0
         self.n_transfers = 0
         self.capturing: Graph | None = None
         self._marks: dict[int, tuple[StorageWeakRef, torch.device, int]] = {}
@@ -61,13 +61,13 @@ class Device:
 
     def wait(self, why: str) -> None:
         """Something waits for the device."""
-        if self.capturing is not None or self.sync_mode == "error":
+        if self.capturing is not None or self.sync_mode == 2:
             raise RuntimeError(f"called a synchronizing CUDA operation: {why}")
-        if self.sync_mode == "warn":
+        if self.sync_mode == 1:
             warnings.warn(f"called a synchronizing CUDA operation: {why}", stacklevel=2)
 
-    def set_sync_debug_mode(self, mode: str) -> None:
-        self.sync_mode = mode
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.sync_mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
 
 
 class Graph:

@@ -121,26 +121,30 @@ class StepGraphs:
             if last is not None and last[0] == form:
                 return last[1].step(values, targets)
             key = kind, form
-            if key not in self._graphs and key not in self.refused:
-                met = self._met[key] = self._met.get(key, 0) + 1
-                if met == WATCHED_AFTER + 1:
-                    return self._watched(key, lambda: step(values, targets), loss)
-                if met > WATCHED_AFTER + 1:
-                    self._capture(key, step, optimizer, loss, values, targets)
-            if key not in self._graphs:
-                return step(values, targets)
-            last = form, self._graphs[key]
-            return last[1].step(values, targets)
+            met = self._met.get(key, 0)
+            if met > WATCHED_AFTER and key not in self._graphs and key not in self.refused:
+                self._capture(key, step, optimizer, loss, values, targets)
+            if key in self._graphs:
+                last = form, self._graphs[key]
+                return last[1].step(values, targets)
+            if met == WATCHED_AFTER:
+                found = self._watched(key, step, loss, values, targets)
+            else:
+                found = step(values, targets)
+            self._met[key] = met + 1  # not where it raised
+            return found
 
         return run
 
-    def _watched(self, key: object, step: Callable[[], Tensor], loss: object) -> Tensor:
+    def _watched(
+        self, key: object, step: Step, loss: object, values: Values, targets: Tensor
+    ) -> Tensor:
         """Carries out a step, and sees whether anything speaks against its capture."""
         modules = [*self._model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
         states, drawn = [_plain_state(module) for module in modules], _random_state()
         written = _written(loss)
         with _waits() as waits:
-            found = step()
+            found = step(values, targets)
         if waits:
             self.refused[key] = "it waits for the device"
         elif drawn != _random_state():
