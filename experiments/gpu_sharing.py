@@ -111,7 +111,9 @@ def main() -> None:
     for n_workers in asked.workers:
         for graphs in (False, True):
             settings = EngineSettings(device=asked.device, cuda_graphs=graphs)
-            rates[graphs, n_workers] = stages_per_second(tasks, settings, n_workers)
+            rate, tree_ms = rates[graphs, n_workers] = stages_per_second(tasks, settings, n_workers)
+            ways = f"{n_workers} workers, {'with' if graphs else 'without'} graphs"
+            sys.stderr.write(f"{ways}: {rate:.0f} stages/s, tree {tree_ms:.1f} ms per stage\n")
     ray.shutdown()
     lines = ["| workers | without graphs, stages/s | with graphs, stages/s | ratio "
              "| tree's processor, ms per stage |",

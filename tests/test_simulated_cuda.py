@@ -86,3 +86,28 @@ def test_gradients_do_not_pass_recurrent_layers_in_eval_mode() -> None:
     with pytest.raises(RuntimeError, match="can only be called in training mode"):
         layer(x)
     layer.train()(x)[0].sum().backward()
+
+
+def test_a_graph_does_again_what_was_met_and_its_capture_nothing() -> None:
+    weight = torch.zeros(3, device="cuda", requires_grad=True)
+    batch, buffer = torch.ones(3, device="cuda"), torch.zeros((), device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = ((weight - batch) ** 2).sum()
+        loss.backward()
+        with torch.no_grad():
+            assert weight.grad is not None
+            weight.sub_(weight.grad, alpha=0.25)
+            buffer.add_(1)
+    assert weight.tolist() == [0.0, 0.0, 0.0] and buffer.item() == 0
+    graph.replay()
+    assert weight.tolist() == [0.5, 0.5, 0.5] and loss.item() == 3.0
+    batch.copy_(torch.full((3,), 2.0, device="cuda"))
+    graph.replay()
+    assert weight.tolist() == [1.25, 1.25, 1.25] and buffer.item() == 2
+
+
+def test_a_capture_cannot_wait() -> None:
+    value = torch.ones(2, device="cuda")
+    with pytest.raises(RuntimeError, match="synchroniz"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        value.sum().item()
