@@ -52,7 +52,7 @@ class SearchResult:
         name: the sweep's folder on it.
 
     Raises:
-        InputError: there is no sweep of that name.
+        InputError: there is no sweep of that name, or its record is not whole.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -60,7 +60,13 @@ class SearchResult:
         self.name = name
         sweep = storage.read_json(f"{name}/{SWEEP_FILE}")
         if not isinstance(sweep, dict) or not set(sweep) >= _RECORDED:
-            raise InputError(f"a sweep must be there, got {name!r} under {storage.shown!r}.")
+            where = f"{name!r} under {storage.shown!r}"
+            if storage.exists(f"{name}/{SWEEP_FILE}"):
+                raise InputError(
+                    f"a sweep's record must be whole, got a cut {SWEEP_FILE} of {where}. Launch it "
+                    "with --fresh to begin it anew; its stages are kept."
+                )
+            raise InputError(f"a sweep must be there, got {where}.")
         self.sweep: dict[str, Any] = sweep
         summary = storage.read_json(f"{name}/{SUMMARY_FILE}")
         self.summary: dict[str, Any] = summary if isinstance(summary, dict) else {}

@@ -96,7 +96,7 @@ def test_a_record_that_cannot_be_read_hides_no_other_sweep(tmp_path: Path, recor
         ("small-1", "finished"),
     ]
     assert set(found[0]) == set(found[1])
-    with pytest.raises(InputError, match="a sweep must be there, got 'broken'"):
+    with pytest.raises(InputError, match=r"must be whole, got a cut sweep.json of 'broken'"):
         SearchResult.load(tmp_path / "broken")
 
 
