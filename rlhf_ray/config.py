@@ -99,7 +99,8 @@ class SearchConfig:
         device: "auto", "cpu" or "cuda".
         precision: "fp32", or "bf16" on CUDA.
         cuda_graphs: on CUDA, capture training steps and replay them, which computes the same;
-            False: for models whose Python code decides something anew at every step, unnoticed.
+            False: for models and losses whose code does otherwise from step to step by what lies
+            outside of them, a global counter say: all else is noticed.
         cache_gb: bound per worker on each of: cached activations, tasks' data on the device,
             weights in memory; GB, >= 0; 0: no caching. The data of the task at work always stay.
         weights_gb: bound on the weights kept under the storage path, GB, > 0.

@@ -7,16 +7,17 @@ the last bit: the same kernels on the same memory.
 That memory must stay where it is: the live model's weights do (states are copied into them), the
 optimizer's state does (`StepGraphs.settle`), and each step's batch is copied to the place that the
 graph reads. Python code runs while a step is captured and then no more. So what it decides must not
-hang on anything but shapes; steps for which that cannot be relied on stay as they are
+hang on anything but shapes: a stage that meets a kind of steps for the first time carries two out
+as they are, and the kind is captured only if nothing that could be seen speaks against it
 (`StepGraphs.refused`).
 """
 
 import contextlib
-import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,6 @@ from rlhf_ray.operations import OptimizerName
 
 Step = Callable[[Values, Tensor], Tensor]
 """(values at the boundary, targets) of a batch -> its loss, detached; the weights have moved."""
-
-WATCHED_AFTER = 1
-"""Steps of a kind before the one that is watched, and then captured: libraries get loaded."""
 
 MAX_GRAPHS = 256
 """Kept at once; beyond that all are dropped, and captured anew as they are needed."""
@@ -67,13 +65,9 @@ class StepGraphs:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._at = _addresses(model)
         self.refused: dict[object, str] = {}
-        self.clear()
-
-    def clear(self) -> None:
-        """Drops all graphs, and the memory that they use."""
         self._graphs: dict[object, _Graph] = {}
-        self._met: dict[object, int] = {}
         self._places: dict[object, tuple[Values, Tensor]] = {}
         self._states: dict[tuple[nn.Parameter, str], Tensor] = {}
         self._pool: Any = None
@@ -105,7 +99,7 @@ class StepGraphs:
     def steps(
         self, kind: object, step: Step, optimizer: torch.optim.Optimizer, loss: object
     ) -> Step:
-        """A step that is replayed as soon as it can be.
+        """The steps of one stage: replayed as soon as they can be.
 
         Args:
             kind: hashable; steps of one kind do the same, but for their batch.
@@ -113,7 +107,10 @@ class StepGraphs:
             optimizer: that it uses; settled.
             loss: that it uses.
         """
+        if self._at != _addresses(self._model):  # the model's code moved what graphs read
+            return step
         last: tuple[object, _Graph] | None = None
+        trials: dict[object, _Trial] = {}
 
         def run(values: Values, targets: Tensor) -> Tensor:
             nonlocal last
@@ -121,37 +118,21 @@ class StepGraphs:
             if last is not None and last[0] == form:
                 return last[1].step(values, targets)
             key = kind, form
-            met = self._met.get(key, 0)
-            if met > WATCHED_AFTER and key not in self._graphs and key not in self.refused:
-                self._capture(key, step, optimizer, loss, values, targets)
-            if key in self._graphs:
-                last = form, self._graphs[key]
-                return last[1].step(values, targets)
-            if met == WATCHED_AFTER:
-                found = self._watched(key, step, loss, values, targets)
-            else:
-                found = step(values, targets)
-            self._met[key] = met + 1  # not where it raised
-            return found
+            if key not in self._graphs and key not in self.refused:
+                if key not in trials:
+                    trials[key] = _Trial(self._model, loss)
+                if not trials[key].over:
+                    return trials[key].step(step, values, targets)
+                if why := trials[key].objection():
+                    self.refused[key] = why
+                else:
+                    self._capture(key, step, optimizer, loss, values, targets)
+            if key in self.refused:
+                return step(values, targets)
+            last = form, self._graphs[key]
+            return last[1].step(values, targets)
 
         return run
-
-    def _watched(
-        self, key: object, step: Step, loss: object, values: Values, targets: Tensor
-    ) -> Tensor:
-        """Carries out a step, and sees whether anything speaks against its capture."""
-        modules = [*self._model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
-        states, drawn = [_plain_state(module) for module in modules], _random_state()
-        written = _written(loss)
-        with _waits() as waits:
-            found = step(values, targets)
-        if waits:
-            self.refused[key] = "it waits for the device"
-        elif drawn != _random_state():
-            self.refused[key] = "it draws random numbers on the CPU"
-        elif states != [_plain_state(module) for module in modules] or written != _written(loss):
-            self.refused[key] = "a module keeps account of its calls"
-        return found
 
     def _capture(
         self,
@@ -165,13 +146,15 @@ class StepGraphs:
         """Captures a step, which carries nothing out; says in `refused` if it cannot be done."""
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
+            self._places.clear()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         form = _form(values, targets)
         if form not in self._places:
             # one place for all kinds: the values of a batch are copied there just before a replay
             copies = {name: value.clone() for name, value in values.items()}
             self._places[form] = copies, targets.clone()
         placed, wanted = self._places[form]
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with (
@@ -179,20 +162,62 @@ class StepGraphs:
                 torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
             ):
                 found = step(placed, wanted)
-        except torch.OutOfMemoryError:
-            raise
         except torch.AcceleratorError as error:
             # the process is not to be relied on: its random numbers are those of the capture
             raise StageError(
                 "a training step must be captured as a CUDA graph, got "
                 f"{in_one_line(error)} Switch that off with --no-cuda-graphs."
             ) from error
-        except Exception as error:  # whatever a model's code raises
+        except Exception as error:  # whatever a model's code raises, or the device is full
             self.refused[key] = in_one_line(error)
             return
         self._graphs[key] = _Graph(
             graph=graph, values=placed, targets=wanted, loss=found, held=loss
         )
+
+
+class _Trial:
+    """Steps of a kind at the beginning of a stage that are carried out as they are, and watched.
+
+    The first loads libraries, and is where modules set themselves up.
+    """
+
+    def __init__(self, model: nn.Module, loss: object) -> None:
+        of_loss = _modules_of(loss)
+        self._modules = [*model.modules(), *of_loss]
+        self._loss_buffers = [buffer for module in of_loss for buffer in module.buffers()]
+        # held, so that nothing new can lie where it lay
+        self._held = [{**vars(m), "_buffers": dict(m._buffers)} for m in self._modules]
+        self._before = self._memory()
+        self._done = 0
+        self._seen = ""
+
+    @property
+    def over(self) -> bool:
+        return self._done == 2
+
+    def step(self, step: Step, values: Values, targets: Tensor) -> Tensor:
+        """Carries one out."""
+        drawn = _random_state()
+        with _waits() as waits:
+            found = step(values, targets)
+        self._done += 1
+        if self.over and waits:
+            self._seen = "it waits for the device"
+        elif drawn != _random_state():
+            self._seen = "it draws random numbers on the CPU"
+        return found
+
+    def objection(self) -> str:
+        """Why steps like these cannot be captured; "" if nothing speaks against it."""
+        if not self._seen and self._before != self._memory():
+            return "a module keeps account of its calls"
+        return self._seen
+
+    def _memory(self) -> list[object]:
+        # the model's buffers are put back, or part of its state; those of a loss are made anew
+        written = [buffer._version for buffer in self._loss_buffers]
+        return [*(_memory(module) for module in self._modules), written]
 
 
 def _form(values: Values, targets: Tensor) -> tuple[object, ...]:
@@ -201,16 +226,22 @@ def _form(values: Values, targets: Tensor) -> tuple[object, ...]:
     return tuple([(name, v.dtype, v.shape, v.stride()) for name, v in named])
 
 
+def _addresses(model: nn.Module) -> list[int]:
+    """Where a model's parameters and buffers lie."""
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+
 @contextlib.contextmanager
 def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Has an optimizer accept that it is captured: all of its state is on the device."""
-    before = [group.get("capturable") for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    before = [group["capturable"] for group in groups]
+    for group in groups:
         group["capturable"] = True
     try:
         yield
     finally:
-        for group, value in zip(optimizer.param_groups, before, strict=True):
+        for group, value in zip(groups, before, strict=True):
             group["capturable"] = value
 
 
@@ -235,20 +266,49 @@ def _waits() -> Iterator[list[object]]:
             warnings.warn_explicit(warning.message, warning.category, *where)
 
 
-def _plain_state(module: nn.Module) -> list[object]:
-    """What a module remembers outside its tensors, and where its buffers lie."""
-    plain = (bool, int, float, str, tuple, type(None))
-    own = [(name, value) for name, value in vars(module).items() if isinstance(value, plain)]
-    places = [(name, id(buffer)) for name, buffer in module._buffers.items()]
-    return [*own, *places]
+def _modules_of(loss: object) -> list[nn.Module]:
+    """Modules that a loss consists of."""
+    if isinstance(loss, nn.Module):
+        return list(loss.modules())
+    if isinstance(loss, partial):
+        inside = (loss.func, *loss.args, *loss.keywords.values())
+        return [module for part in inside for module in _modules_of(part)]
+    return []
 
 
-def _written(loss: object) -> list[int]:
-    """Changes when a loss writes into tensors of its own: those would go on from task to task."""
-    return [b._version for b in loss.buffers()] if isinstance(loss, nn.Module) else []
+def _memory(module: nn.Module) -> list[object]:
+    """What a module may remember from one call to the next, its weights and buffers' values aside.
+
+    Equal before and after a call if it remembered nothing.
+    """
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    places = [(name, id(value), value.data_ptr()) for name, value in tensors if value is not None]
+    own = {name: value for name, value in vars(module).items() if name not in _LISTED}
+    return [places, _told(own, depth=3)]
+
+
+def _told(value: object, depth: int) -> object:
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, nn.Parameter):
+        return id(value), value.data_ptr()
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, _GENERATORS):
+        return object()  # equal to nothing: what it holds may change at every call
+    if depth and isinstance(value, Mapping):
+        return [(repr(key), _told(item, depth - 1)) for key, item in value.items()]
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        return [_told(item, depth - 1) for item in value]
+    return id(value)
+
+
+_LISTED = ("_parameters", "_buffers", "_modules")
+_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 
 def _random_state() -> tuple[object, ...]:
     """Of what a module could draw from on the CPU."""
-    numpy, torchs = np.random.get_state(legacy=False), torch.default_generator.get_state()
-    return random.getstate(), pickle.dumps(numpy), torchs.numpy().tobytes()
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)["state"]  # type: ignore[assignment]
+    parts = [v.tobytes() if isinstance(v, np.ndarray) else v for v in numpy.values()]
+    return random.getstate(), *parts, torch.default_generator.get_state().numpy().tobytes()

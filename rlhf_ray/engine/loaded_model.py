@@ -172,11 +172,13 @@ class LoadedModel:
         return True
 
     def release(self) -> None:
-        """Drops kept activations, graphs and tasks' data, and gives the GPU's free memory back."""
+        """Drops kept activations and tasks' data, and gives the GPU's free memory back.
+
+        Graphs, too, and for good: steps without them compute the same in less memory.
+        """
         self._activations = ActivationCache(self.settings.cache_bytes)
         self._splits.clear()
-        if self.graphs is not None:
-            self.graphs.clear()
+        self.graphs = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -255,7 +257,9 @@ class LoadedModel:
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision that forward passes run in."""
         if self.settings.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            # without its cache, which is emptied at the end of the outermost autocast alone: steps
+            # inside another one, if only one that is off, would go on with the first step's weights
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
     def output(self, values: Values, start: int) -> Tensor:

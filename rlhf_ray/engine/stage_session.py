@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -104,16 +103,6 @@ class Session:
         take = self._train_source(boundary, settings.examples_drawn(data.n))
         self._touch(self.levels)
         parameters = self._parameters()
-        loss = loaded.loss(self.task)
-
-        def captured(step: Step) -> Step:
-            if loaded.graphs is None:
-                return step
-            loaded.graphs.settle(optimizer, settings.optimizer, parameters)
-            alike = replace(settings, name="", steps=None, keep_optimizer_state=False)
-            kind = self.levels, boundary, alike, loaded.loss_digest(self.task)
-            return loaded.graphs.steps(kind, step, optimizer, loss)
-
         with _training(self._modules(), parameters), differentiable_recurrence(loaded.model):
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
@@ -132,15 +121,28 @@ class Session:
                 ),
                 take=take,
                 output=lambda values: loaded.output(values, boundary),
-                loss=loss,
+                loss=loaded.loss(self.task),
                 targets=data.targets,
                 anchors={p: loaded.pretrained[name] for name, p in parameters.items()},
-                captured=captured,
+                captured=lambda step: self._captured(step, settings, optimizer, boundary),
             )
         self._losses.append(losses)
         if settings.keep_optimizer_state:
             self._kept = optimizer_state(optimizer, parameters)
             self._kept_name = settings.optimizer
+
+    def _captured(
+        self, step: Step, settings: Train, optimizer: torch.optim.Optimizer, boundary: int
+    ) -> Step:
+        """A training step that is replayed on a GPU where it can be."""
+        graphs = self._loaded.graphs
+        if graphs is None:
+            return step
+        graphs.settle(optimizer, settings.optimizer, self._parameters())
+        numbers = settings.learning_rate, settings.level_scales, settings.l2_sp
+        loss = self._loaded.loss_digest(self.task)
+        kind = self.levels, boundary, settings.optimizer, numbers, loss
+        return graphs.steps(kind, step, optimizer, self._loaded.loss(self.task))
 
     def align(self, settings: Align, levels: tuple[int, ...]) -> None:
         """Aligns some of the session's levels with the source, in turn, as the settings say."""
@@ -178,7 +180,9 @@ class Session:
             features,
             data.targets,
             lambda device: (
-                loaded.loss(self.task) if device == loaded.device else loss_on(device, self.task)
+                loaded.loss(self.task)
+                if device.type == loaded.device.type
+                else loss_on(device, self.task)
             ),
             proximal=settings.proximal,
             evaluations=settings.evaluations,

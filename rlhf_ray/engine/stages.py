@@ -250,6 +250,7 @@ class Engine:
             for name, value in self._loaded.state.items()
         }
 
+    @_set_apart
     def reference_flops(self) -> float:
         """FLOPs of a full stage, the unit of cost.
 
@@ -263,6 +264,7 @@ class Engine:
                              "product or a convolution: no FLOPs to count.")  # fmt: skip
         return found
 
+    @_set_apart
     def prices(self, operations: Sequence[Operation]) -> StagePrices:
         """What stages will cost: those of some operations, and any of neighbouring levels."""
         n = self.n_levels
