@@ -65,7 +65,8 @@ class StepGraphs:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._at = _addresses(model)
+        # held, so that what is moved cannot come to lie there again
+        self._held = [value.detach() for value in (*model.parameters(), *model.buffers())]
         self.refused: dict[object, str] = {}
         self._graphs: dict[object, _Graph] = {}
         self._places: dict[object, tuple[Values, Tensor]] = {}
@@ -107,7 +108,7 @@ class StepGraphs:
             optimizer: that it uses; settled.
             loss: that it uses.
         """
-        if self._at != _addresses(self._model):  # the model's code moved what graphs read
+        if self._moved():
             return step
         last: tuple[object, _Graph] | None = None
         trials: dict[object, _Trial] = {}
@@ -133,6 +134,11 @@ class StepGraphs:
             return last[1].step(values, targets)
 
         return run
+
+    def _moved(self) -> bool:
+        """Whether code of the model's or of an operation has put what graphs read elsewhere."""
+        now = (*self._model.parameters(), *self._model.buffers())
+        return [v.data_ptr() for v in now] != [v.data_ptr() for v in self._held]
 
     def _capture(
         self,
@@ -224,11 +230,6 @@ def _form(values: Values, targets: Tensor) -> tuple[object, ...]:
     """What a graph takes for granted of a batch."""
     named = (*values.items(), ("", targets))
     return tuple([(name, v.dtype, v.shape, v.stride()) for name, v in named])
-
-
-def _addresses(model: nn.Module) -> list[int]:
-    """Where a model's parameters and buffers lie."""
-    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
 
 @contextlib.contextmanager
