@@ -14,13 +14,11 @@ import os
 import platform
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 import torch
+from scaling import measured, wait_for
 from stage_speed import CNN
 
 import rlhf_ray as rr
@@ -28,10 +26,9 @@ from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
 from rlhf_ray.operations import Train
 from rlhf_ray.outcomes import StageRequest, StageStep
-from rlhf_ray.tree.client import RayStages
 from rlhf_ray.tree.workers import start_workers
 
-N_TASKS, PER_WORKER = 8, 96
+N_TASKS = 8
 
 
 def suite() -> rr.Suite:
@@ -67,35 +64,10 @@ def stages_per_second(
             gpus_per_worker=1 / n_workers if settings.device == "cuda" else 0,
         ) as handle,
     ):
-        while sum(worker["state"] == "idle" for worker in handle.stats()["workers"]) < n_workers:
-            time.sleep(0.1)
-        per_replica = N_TASKS * len(CNN.levels)
-        carry_out(handle.stages, requests(range(2 * n_workers)), 2 * n_workers)
-        n = max(1, n_workers * PER_WORKER // per_replica)
-        timed = requests(range(2 * n_workers, 2 * n_workers + n))
-        began, spent_s = time.perf_counter(), handle.stats()["processor_s"]
-        carry_out(handle.stages, timed, 2 * n_workers)
-        rate = len(timed) / (time.perf_counter() - began)
-        return rate, 1000 * (handle.stats()["processor_s"] - spent_s) / len(timed)
-
-
-def carry_out(stages: RayStages, asked: Sequence[StageRequest], n_askers: int) -> None:
-    """Askers in threads, each asking for one stage after the other."""
-    work, lock = iter(asked), threading.Lock()
-
-    def ask() -> None:
-        while True:
-            with lock:
-                request = next(work, None)
-            if request is None:
-                return
-            stages.outcome(request)
-
-    threads = [threading.Thread(target=ask) for _ in range(n_askers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        wait_for(handle, n_workers)
+        n_askers = n_first = 2 * n_workers
+        measured(handle, requests(range(n_first)), n_askers)
+        return measured(handle, requests(range(n_first, n_first + 3 * n_workers)), n_askers)
 
 
 def main() -> None:

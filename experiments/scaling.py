@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ import torch
 from rlhf_ray.operations import Train
 from rlhf_ray.outcomes import PRETRAINED, Identity, LevelState, Outcome, StageRequest, StageStep
 from rlhf_ray.tree.actor import TreeActor
+from rlhf_ray.tree.pool import StagesHandle
 from rlhf_ray.tree.stage_tree import start_of
 from rlhf_ray.tree.tally import Answer
 from rlhf_ray.tree.workers import start_workers
@@ -68,11 +69,7 @@ class SleepingEngine:
 def stages_per_second(
     n_workers: int, n_askers: int, stage_s: float, n_stages: int
 ) -> tuple[float, float]:
-    """Askers in threads, each asking for one stage after the other.
-
-    Returns:
-        Stages per second, and ms of the tree's actor's processor time per stage.
-    """
+    """As `measured`, with stages that sleep."""
     with (
         tempfile.TemporaryDirectory() as folder,
         start_workers(
@@ -83,29 +80,44 @@ def stages_per_second(
             max_weight_bytes=None,
         ) as handle,
     ):
-        stages = handle.stages
-        while sum(worker["state"] == "idle" for worker in handle.stats()["workers"]) < n_workers:
-            time.sleep(0.1)
-        stages.outcomes([StageRequest(task=f"task{i}") for i in range(N_TASKS)])
-        work = iter([asked(i % N_TASKS, i) for i in range(n_stages)])
-        lock = threading.Lock()
+        wait_for(handle, n_workers)
+        handle.stages.outcomes([StageRequest(task=f"task{i}") for i in range(N_TASKS)])
+        work = [asked(i % N_TASKS, i) for i in range(n_stages)]
+        return measured(handle, work, n_askers)
 
-        def ask() -> None:
-            while True:
-                with lock:
-                    request = next(work, None)
-                if request is None:
-                    return
-                stages.outcome(request)
 
-        threads = [threading.Thread(target=ask) for _ in range(n_askers)]
-        began, spent_s = time.perf_counter(), handle.stats()["processor_s"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rate = n_stages / (time.perf_counter() - began)
-        return rate, 1000 * (handle.stats()["processor_s"] - spent_s) / n_stages
+def wait_for(handle: StagesHandle, n_workers: int) -> None:
+    """Until so many workers are up."""
+    while sum(worker["state"] == "idle" for worker in handle.stats()["workers"]) < n_workers:
+        time.sleep(0.1)
+
+
+def measured(
+    handle: StagesHandle, requests: Sequence[StageRequest], n_askers: int
+) -> tuple[float, float]:
+    """Askers in threads, each asking for one stage after the other.
+
+    Returns:
+        Stages per second, and ms of the tree's actor's processor time per stage.
+    """
+    work, lock = iter(requests), threading.Lock()
+
+    def ask() -> None:
+        while True:
+            with lock:
+                request = next(work, None)
+            if request is None:
+                return
+            handle.stages.outcome(request)
+
+    threads = [threading.Thread(target=ask) for _ in range(n_askers)]
+    began, spent_s = time.perf_counter(), handle.stats()["processor_s"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rate = len(requests) / (time.perf_counter() - began)
+    return rate, 1000 * (handle.stats()["processor_s"] - spent_s) / len(requests)
 
 
 class Remote:
