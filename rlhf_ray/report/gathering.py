@@ -22,6 +22,7 @@ from rlhf_ray.sweep.results import (
     SCHEDULE_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
+    no_sweep,
     state_of,
     trial_folder,
 )
@@ -88,8 +89,7 @@ class Gatherer:
         """
         sweep = self._read(SWEEP_FILE)
         if not sweep:
-            where = self._storage.shown
-            raise InputError(f"a sweep must be there, got {self._name!r} under {where!r}.")
+            raise no_sweep(self._storage, self._name)
         sweep = {**sweep, "state": state_of(self._storage, self._name, sweep)}
         progress, summary = self._read(PROGRESS_FILE), self._read(SUMMARY_FILE)
         trials = self._trials(sweep, progress)

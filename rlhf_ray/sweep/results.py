@@ -44,6 +44,17 @@ def trial_folder(sweep: str, trial: str) -> str:
     return f"{sweep}/trials/{trial}"
 
 
+def no_sweep(storage: Storage, name: str) -> InputError:
+    """The error of a folder that cannot be read as a sweep's."""
+    where = f"{name!r} under {storage.shown!r}"
+    if storage.exists(f"{name}/{SWEEP_FILE}"):
+        return InputError(
+            f"a sweep's record must be whole, got a cut {SWEEP_FILE} of {where}. Launch it with "
+            "--fresh to begin it anew; its stages are kept."
+        )
+    return InputError(f"a sweep must be there, got {where}.")
+
+
 class SearchResult:
     """A search's trials, policies, comparison and account.
 
@@ -60,13 +71,7 @@ class SearchResult:
         self.name = name
         sweep = storage.read_json(f"{name}/{SWEEP_FILE}")
         if not isinstance(sweep, dict) or not set(sweep) >= _RECORDED:
-            where = f"{name!r} under {storage.shown!r}"
-            if storage.exists(f"{name}/{SWEEP_FILE}"):
-                raise InputError(
-                    f"a sweep's record must be whole, got a cut {SWEEP_FILE} of {where}. Launch it "
-                    "with --fresh to begin it anew; its stages are kept."
-                )
-            raise InputError(f"a sweep must be there, got {where}.")
+            raise no_sweep(storage, name)
         self.sweep: dict[str, Any] = sweep
         summary = storage.read_json(f"{name}/{SUMMARY_FILE}")
         self.summary: dict[str, Any] = summary if isinstance(summary, dict) else {}
