@@ -5,6 +5,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,31 +115,21 @@ def fit_where_quickest(
     """`fit_output` on the layer's device, or on the CPU if it is small: sizes alone settle it.
 
     Args:
-        layer: see there.
-        features: see there.
-        targets: see there.
+        layer: changed in place.
+        features: the layer's inputs (N, ..., n_in), of its weight's dtype.
+        targets: (N, ...).
         loss: device -> the loss of outputs there.
-        proximal: see there.
-        evaluations: see there.
+        proximal: pull towards the weights that the layer has.
+        evaluations: of loss and gradient, >= 1.
     """
     device, cpu = layer.weight.device, torch.device("cpu")
+    fit = partial(fit_output, proximal=proximal, evaluations=evaluations)
     if device == cpu or features.numel() * layer.out_features > CPU_PRODUCTS:
-        found = loss(device)
-        return fit_output(
-            layer, features, targets, found, proximal=proximal, evaluations=evaluations
-        )
+        return fit(layer, features, targets, loss(device))
     fitted = copy.deepcopy(layer).to(cpu)
-    value = fit_output(
-        fitted,
-        features.to(cpu),
-        targets.to(cpu),
-        loss(cpu),
-        proximal=proximal,
-        evaluations=evaluations,
-    )
+    value = fit(fitted, features.to(cpu), targets.to(cpu), loss(cpu))
     with torch.no_grad():
-        for parameter, new in zip(layer.parameters(), fitted.parameters(), strict=True):
-            parameter.copy_(new)
+        layer.load_state_dict(fitted.state_dict())
     return value.to(device)
 
 
