@@ -302,3 +302,19 @@ def simulated_cuda() -> Iterator[Device]:
         stack.enter_context(_Operations(device))
         stack.enter_context(_Calls(device))
         yield device
+
+
+@contextlib.contextmanager
+def cuda_device() -> Iterator[None]:
+    """A CUDA device: the one that is there, exact and deterministic; else a simulated one."""
+    if not torch.cuda.is_available():
+        with simulated_cuda():
+            yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.deterministic = before

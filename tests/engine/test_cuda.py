@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from simulated_cuda import simulated_cuda
+from simulated_cuda import cuda_device
 from test_stages import path_of, suite_of
 
 from rlhf_ray.engine import fitting
@@ -33,14 +33,8 @@ REQUEST = StageRequest(task="task", path=path_of((0,), (1,), (0, 1)))
 
 @pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
-    if not torch.cuda.is_available():
-        with simulated_cuda():
-            yield
-        return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with cuda_device():
+        yield
 
 
 def without_dropout(name: str) -> zoo.Case:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from simulated_cuda import simulated_cuda
+from simulated_cuda import cuda_device
 from test_stages import path_of, suite_of, train
 from torch import nn
 
@@ -42,14 +42,8 @@ DRAWING = {"norm_cnn", "net", "transformer", "torch_transformer", "convnext"}
 
 @pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
-    if not ON_A_GPU:
-        with simulated_cuda():
-            yield
-        return
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = before
+    with cuda_device():
+        yield
 
 
 def stages_of(suite: Suite, settings: EngineSettings) -> tuple[LocalStages, StepGraphs | None]:
