@@ -29,9 +29,9 @@ from torchvision.models.convnext import CNBlockConfig
 
 import rlhf_ray as rr
 from rlhf_ray.digests import derive_seed
+from rlhf_ray.engine.batches import batch_order
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
-from rlhf_ray.engine.training import batch_order
 from rlhf_ray.operations import Train
 from rlhf_ray.outcomes import StagePath, StageRequest, StageStep
 from rlhf_ray.tree.stage_tree import LocalStages

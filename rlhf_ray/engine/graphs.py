@@ -5,34 +5,42 @@ need ten times as long to launch them. A graph launches them all at once, and co
 the last bit: the same kernels on the same memory.
 
 That memory must stay where it is: the live model's weights do (states are copied into them), the
-optimizer's state does (`StepGraphs.settle`), and each step's batch is copied to the place that the
-graph reads. Python code runs while a step is captured and then no more. So what it decides must not
-hang on anything but shapes: a stage that meets a kind of steps for the first time carries two out
-as they are, and the kind is captured only if nothing that could be seen speaks against it
+optimizer's state does (`StepGraphs.settle`), and the batches of some steps at a time are copied to
+the place that the graph reads (`_Window`), where each step finds the next by itself.
+
+Python code runs while a step is captured and then no more. So what it decides must not hang on
+anything but shapes: a stage that meets a kind of steps for the first time carries two out as they
+are, and the kind is captured only if nothing that could be seen speaks against it
 (`StepGraphs.refused`).
 """
 
 import contextlib
+import itertools
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_ray.engine.segments import Values
+from rlhf_ray.engine.batches import Examples, Step, one_by_one
+from rlhf_ray.engine.segments import SegmentPlan, Values
 from rlhf_ray.errors import StageError, in_one_line
 from rlhf_ray.operations import OptimizerName
 
-Step = Callable[[Values, Tensor], Tensor]
-"""(values at the boundary, targets) of a batch -> its loss, detached; the weights have moved."""
-
 MAX_GRAPHS = 256
 """Kept at once; beyond that all are dropped, and captured anew as they are needed."""
+
+TRIAL_STEPS = 2
+"""At the beginning of a stage, before a kind of steps is captured; the first loads libraries."""
+
+WINDOW_STEPS, WINDOW_BYTES = 32, 1 << 24
+"""Steps whose batches are copied at once, and bytes that they may take, but for a single batch."""
 
 _SLOTS: Mapping[OptimizerName, tuple[str, ...]] = {
     "adam": ("step", "exp_avg", "exp_avg_sq"),
@@ -40,20 +48,98 @@ _SLOTS: Mapping[OptimizerName, tuple[str, ...]] = {
 }
 
 
+class _Window:
+    """Where graphs find the batches of some steps, all of one size, and leave their losses.
+
+    Every replay takes the next batch by itself.
+
+    Args:
+        examples: what those that come to lie here are like.
+        batch_size: B.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int) -> None:
+        def taken(n: int) -> Values:
+            return examples.select(examples.values, torch.zeros(n, dtype=torch.long, device=device))
+
+        device = examples.targets.device
+        n_bytes = SegmentPlan.n_bytes(taken(batch_size))
+        self.n_steps = max(1, min(WINDOW_STEPS, WINDOW_BYTES // max(1, n_bytes)))
+        n = self.n_steps * batch_size
+        self._values = taken(n)
+        self._targets = examples.targets[:1].repeat_interleave(n, 0)
+        self._order = torch.arange(n, device=device).view(self.n_steps, batch_size)
+        self._losses = torch.zeros(self.n_steps, device=device)
+        self._next = torch.zeros(1, dtype=torch.long, device=device)
+
+    def rewind(self) -> None:
+        """The next step takes the first batch."""
+        self._next.zero_()
+
+    def fill(self, examples: Examples, batches: list[Tensor]) -> None:
+        """Copies batches here, at most `n_steps`; the next step takes the first."""
+        rows = torch.cat(batches)
+        rows = F.pad(rows, (0, self._order.numel() - len(rows)))
+        for name, value in examples.select(examples.values, rows).items():
+            self._values[name].copy_(value)
+        self._targets.copy_(examples.targets.index_select(0, rows))
+        self.rewind()
+
+    def carry_out(self, step: Step, examples: Examples) -> None:
+        """A step on the next batch of those that lie here."""
+        here = replace(examples, values=self._values, targets=self._targets)
+        loss = step(here, self._order.index_select(0, self._next).view(-1))
+        self._losses.index_copy_(0, self._next, loss.view(1))
+        self._next.add_(1)
+
+    def losses(self, n: int) -> Tensor:
+        """Of the first steps since it was filled."""
+        return self._losses[:n].clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Steps of one kind do the same, but for their examples.
+
+    Attributes:
+        asked: what the caller tells apart.
+        boundary: where the examples' values lie.
+        form: what a graph takes for granted of a batch; it hangs on no number of examples but B.
+        batch_size: B.
+    """
+
+    asked: object
+    boundary: int
+    form: tuple[object, ...]
+    batch_size: int
+
+    @classmethod
+    def of(cls, asked: object, examples: Examples, batch: Tensor) -> "_Kind":
+        values, targets = examples.select(examples.values, batch), examples.targets
+        of_values = [(name, v.dtype, v.shape, v.stride()) for name, v in values.items()]
+        return cls(
+            asked=asked,
+            boundary=examples.boundary,
+            form=(*of_values, targets.dtype, targets.shape[1:]),
+            batch_size=len(batch),
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    values: Values
-    targets: Tensor
-    loss: Tensor
+    window: _Window
     held: object  # the loss function, whose tensors the graph reads
 
-    def step(self, values: Values, targets: Tensor) -> Tensor:
-        for name, value in values.items():
-            self.values[name].copy_(value)
-        self.targets.copy_(targets)
-        self.graph.replay()
-        return self.loss.clone()
+    def carry_out(self, examples: Examples, batches: list[Tensor]) -> list[Tensor]:
+        found = []
+        for first in range(0, len(batches), self.window.n_steps):
+            part = batches[first : first + self.window.n_steps]
+            self.window.fill(examples, part)
+            for _ in part:
+                self.graph.replay()
+            found.append(self.window.losses(len(part)))
+        return found
 
 
 class StepGraphs:
@@ -67,9 +153,9 @@ class StepGraphs:
         self._model = model
         # held, so that what is moved cannot come to lie there again
         self._held = [value.detach() for value in (*model.parameters(), *model.buffers())]
-        self.refused: dict[object, str] = {}
-        self._graphs: dict[object, _Graph] = {}
-        self._places: dict[object, tuple[Values, Tensor]] = {}
+        self.refused: dict[_Kind, str] = {}
+        self._graphs: dict[_Kind, _Graph] = {}
+        self._windows: dict[object, _Window] = {}
         self._states: dict[tuple[nn.Parameter, str], Tensor] = {}
         self._pool: Any = None
 
@@ -97,43 +183,50 @@ class StepGraphs:
                 place.copy_(state[slot]) if slot in state else place.zero_()
                 state[slot] = place
 
-    def steps(
-        self, kind: object, step: Step, optimizer: torch.optim.Optimizer, loss: object
-    ) -> Step:
-        """The steps of one stage: replayed as soon as they can be.
+    def carry_out(
+        self,
+        step: Step,
+        examples: Examples,
+        batches: Iterable[Tensor],
+        *,
+        kind: object,
+        optimizer: torch.optim.Optimizer,
+        loss: object,
+    ) -> list[Tensor]:
+        """Carries out the steps of one stage: they are replayed as soon as they can be.
 
         Args:
-            kind: hashable; steps of one kind do the same, but for their batch.
             step: as it is carried out otherwise.
+            examples: that it takes batches from.
+            batches: index of each.
+            kind: hashable; equal for steps that do the same, but for the examples.
             optimizer: that it uses; settled.
             loss: that it uses.
+
+        Returns:
+            The losses of some steps at a time, in order.
         """
         if self._moved():
-            return step
-        last: tuple[object, _Graph] | None = None
-        trials: dict[object, _Trial] = {}
-
-        def run(values: Values, targets: Tensor) -> Tensor:
-            nonlocal last
-            form = _form(values, targets)
-            if last is not None and last[0] == form:
-                return last[1].step(values, targets)
-            key = kind, form
+            return one_by_one(step, examples, batches)
+        found: list[Tensor] = []
+        for _, alike in itertools.groupby(batches, len):
+            rest = list(alike)
+            key = _Kind.of(kind, examples, rest[0])
             if key not in self._graphs and key not in self.refused:
-                if key not in trials:
-                    trials[key] = _Trial(self._model, loss)
-                if not trials[key].over:
-                    return trials[key].step(step, values, targets)
-                if why := trials[key].objection():
+                trial = _Trial(self._model, loss)
+                found += [trial.step(step, examples, index) for index in rest[:TRIAL_STEPS]]
+                rest = rest[TRIAL_STEPS:]
+                if not rest:
+                    continue
+                if why := trial.objection():
                     self.refused[key] = why
                 else:
-                    self._capture(key, step, optimizer, loss, values, targets)
+                    self._capture(key, step, examples, optimizer, loss)
             if key in self.refused:
-                return step(values, targets)
-            last = form, self._graphs[key]
-            return last[1].step(values, targets)
-
-        return run
+                found += one_by_one(step, examples, rest)
+            else:
+                found += self._graphs[key].carry_out(examples, rest)
+        return found
 
     def _moved(self) -> bool:
         """Whether code of the model's or of an operation has put what graphs read elsewhere."""
@@ -142,32 +235,30 @@ class StepGraphs:
 
     def _capture(
         self,
-        key: object,
+        key: _Kind,
         step: Step,
+        examples: Examples,
         optimizer: torch.optim.Optimizer,
         loss: object,
-        values: Values,
-        targets: Tensor,
     ) -> None:
         """Captures a step, which carries nothing out; says in `refused` if it cannot be done."""
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
-            self._places.clear()
+            self._windows.clear()
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
-        form = _form(values, targets)
-        if form not in self._places:
-            # one place for all kinds: the values of a batch are copied there just before a replay
-            copies = {name: value.clone() for name, value in values.items()}
-            self._places[form] = copies, targets.clone()
-        placed, wanted = self._places[form]
+        like = key.form, key.batch_size
+        if like not in self._windows:  # one for all such kinds: it is filled just before replays
+            self._windows[like] = _Window(examples, key.batch_size)
+        window = self._windows[like]
+        window.rewind()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with (
                 _capturable(optimizer),
                 torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
             ):
-                found = step(placed, wanted)
+                window.carry_out(step, examples)
         except torch.AcceleratorError as error:
             # the process is not to be relied on: its random numbers are those of the capture
             raise StageError(
@@ -177,9 +268,7 @@ class StepGraphs:
         except Exception as error:  # whatever a model's code raises, or the device is full
             self.refused[key] = in_one_line(error)
             return
-        self._graphs[key] = _Graph(
-            graph=graph, values=placed, targets=wanted, loss=found, held=loss
-        )
+        self._graphs[key] = _Graph(graph=graph, window=window, held=loss)
 
 
 class _Trial:
@@ -198,17 +287,13 @@ class _Trial:
         self._done = 0
         self._seen = ""
 
-    @property
-    def over(self) -> bool:
-        return self._done == 2
-
-    def step(self, step: Step, values: Values, targets: Tensor) -> Tensor:
+    def step(self, step: Step, examples: Examples, index: Tensor) -> Tensor:
         """Carries one out."""
         drawn = _random_state()
         with _waits() as waits:
-            found = step(values, targets)
+            found = step(examples, index)
         self._done += 1
-        if self.over and waits:
+        if self._done == TRIAL_STEPS and waits:
             self._seen = "it waits for the device"
         elif drawn != _random_state():
             self._seen = "it draws random numbers on the CPU"
@@ -224,12 +309,6 @@ class _Trial:
         # the model's buffers are put back, or part of its state; those of a loss are made anew
         written = [buffer._version for buffer in self._loss_buffers]
         return [*(_memory(module) for module in self._modules), written]
-
-
-def _form(values: Values, targets: Tensor) -> tuple[object, ...]:
-    """What a graph takes for granted of a batch."""
-    named = (*values.items(), ("", targets))
-    return tuple([(name, v.dtype, v.shape, v.stride()) for name, v in named])
 
 
 @contextlib.contextmanager

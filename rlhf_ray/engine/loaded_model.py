@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_ray.digests import source_digest
 from rlhf_ray.engine.activations import ActivationCache
+from rlhf_ray.engine.batches import Examples
 from rlhf_ray.engine.fitting import output_layer
 from rlhf_ray.engine.graphs import StepGraphs
 from rlhf_ray.engine.segments import SegmentPlan, Values, plan_segments
@@ -278,8 +279,7 @@ class LoadedModel:
         at, found = 0, [0.0]
         for b in range(1, self.split.n_levels):
             if self.plan.usable[b]:
-                with torch.no_grad(), self.autocast():
-                    values, at = self.plan.forward(values, at, b), b
+                values, at = self._forward(values, at, b), b
                 found.append(SegmentPlan.n_bytes(values) / n)
             else:
                 found.append(float("inf"))
@@ -311,18 +311,17 @@ class LoadedModel:
         with torch.no_grad():
             return torch.cat([self.output(values, last) for values in parts])
 
-    def train_source(
+    def train_examples(
         self, task: Task, versions: tuple[str, ...], boundary: int, n_drawn: int
-    ) -> Callable[[Tensor], Values]:
-        """Index -> activations of those train examples at `boundary`.
+    ) -> Examples:
+        """The train examples, to be taken at `boundary`.
 
         Cached where the split is no larger than what the stage draws and its activations fit in
         memory; otherwise the levels below run once per batch. Which of the two is settled by sizes
         alone, never by what happens to be cached: the rounding of a stage must not depend on it.
         """
         data = self.data(task, "train")
-        if boundary == 0:
-            return lambda index: self.plan.take(data.values, index, 0)
+        at, values = 0, data.values
         if data.n <= n_drawn and self._fits(boundary, data):
             at, values = self._kept(task, data, versions, boundary)
             if at < boundary:
@@ -330,13 +329,19 @@ class LoadedModel:
                     pass  # what is passed is kept
                 at, values = self._kept(task, data, versions, boundary)
             assert at == boundary
-            return lambda index: self.plan.take(values, index, boundary)
+        return Examples(
+            values=values,
+            boundary=at,
+            targets=data.targets,
+            select=lambda values, index: self.plan.take(values, index, at),
+            rest=lambda values: self._forward(values, at, boundary),
+        )
 
-        def stream(index: Tensor) -> Values:
-            with torch.no_grad(), self.autocast():
-                return self.plan.forward(self.plan.take(data.values, index, 0), 0, boundary)
-
-        return stream
+    def _forward(self, values: Values, start: int, stop: int) -> Values:
+        if start == stop:
+            return values
+        with torch.no_grad(), self.autocast():
+            return self.plan.forward(values, start, stop)
 
     def _kept(
         self, task: Task, data: SplitData, versions: tuple[str, ...], boundary: int
@@ -372,8 +377,7 @@ class LoadedModel:
         for chunk in self.chunks(values, data.n, first):
             at = first
             for b in passed:
-                with torch.no_grad(), self.autocast():
-                    chunk, at = self.plan.forward(chunk, at, b), b
+                chunk, at = self._forward(chunk, at, b), b
                 if b in parts:
                     parts[b].append(chunk)
             yield chunk

@@ -2,19 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weighted_modules
 from rlhf_ray.engine.allocation import to_keep
+from rlhf_ray.engine.batches import Examples, Step, batch_order, one_by_one
 from rlhf_ray.engine.fitting import fit_where_quickest, layer_inputs
-from rlhf_ray.engine.graphs import Step
 from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
-from rlhf_ray.engine.segments import Values
 from rlhf_ray.engine.training import (
-    batch_order,
     load_optimizer_state,
     make_optimizer,
     optimizer_state,
@@ -85,11 +84,11 @@ class Session:
         if levels:
             self._loaded.forget(self._key, above=min(levels))
 
-    def _train_source(self, boundary: int, n_drawn: int) -> Callable[[Tensor], Values]:
-        """Index -> activations of those train examples, as the levels below are by now."""
+    def _examples(self, boundary: int, n_drawn: int) -> Examples:
+        """The train examples at a boundary, as the levels below are by now."""
         if self._lent:  # what is lent may have changed since
             self._loaded.forget(self._key, above=0)
-        return self._loaded.train_source(self.task, self.versions(), boundary, n_drawn)
+        return self._loaded.train_examples(self.task, self.versions(), boundary, n_drawn)
 
     def charge(self, flops: float) -> None:
         """Adds work of the operation's own to the account."""
@@ -100,7 +99,7 @@ class Session:
         loaded = self._loaded
         data = loaded.data(self.task, "train")
         boundary = loaded.plan.nearest(min(self.levels))
-        take = self._train_source(boundary, settings.examples_drawn(data.n))
+        examples = self._examples(boundary, settings.examples_drawn(data.n))
         self._touch(self.levels)
         parameters = self._parameters()
         with _training(self._modules(), parameters), differentiable_recurrence(loaded.model):
@@ -119,30 +118,31 @@ class Session:
                     self.generator,
                     device=loaded.device,
                 ),
-                take=take,
+                examples=examples,
                 output=lambda values: loaded.output(values, boundary),
                 loss=loaded.loss(self.task),
-                targets=data.targets,
                 anchors={p: loaded.pretrained[name] for name, p in parameters.items()},
-                captured=lambda step: self._captured(step, settings, optimizer, boundary),
+                carried_out=self._on_graphs(settings, optimizer, boundary),
             )
         self._losses.append(losses)
         if settings.keep_optimizer_state:
             self._kept = optimizer_state(optimizer, parameters)
             self._kept_name = settings.optimizer
 
-    def _captured(
-        self, step: Step, settings: Train, optimizer: torch.optim.Optimizer, boundary: int
-    ) -> Step:
-        """A training step that is replayed on a GPU where it can be."""
+    def _on_graphs(
+        self, settings: Train, optimizer: torch.optim.Optimizer, boundary: int
+    ) -> Callable[[Step, Examples, Iterable[Tensor]], list[Tensor]]:
+        """How training steps are carried out: on a GPU replayed where they can be."""
         graphs = self._loaded.graphs
         if graphs is None:
-            return step
+            return one_by_one
         graphs.settle(optimizer, settings.optimizer, self._parameters())
         numbers = settings.learning_rate, settings.level_scales, settings.l2_sp
         loss = self._loaded.loss_digest(self.task)
         kind = self.levels, boundary, settings.optimizer, numbers, loss
-        return graphs.steps(kind, step, optimizer, self._loaded.loss(self.task))
+        return partial(
+            graphs.carry_out, kind=kind, optimizer=optimizer, loss=self._loaded.loss(self.task)
+        )
 
     def align(self, settings: Align, levels: tuple[int, ...]) -> None:
         """Aligns some of the session's levels with the source, in turn, as the settings say."""
@@ -150,10 +150,10 @@ class Session:
         data = loaded.data(self.task, "train")
         start = loaded.plan.nearest(min(levels))
         n = settings.examples_drawn(data.n)
-        take = self._train_source(start, n)
+        examples = self._examples(start, n)
         drawn = torch.randperm(data.n, generator=self.generator)[:n].to(loaded.device)
         with torch.no_grad():
-            values = take(drawn)
+            values = examples.take(drawn)
         aligned = align_where_it_helps(
             [weighted_modules(loaded.model, loaded.split, (level,)) for level in levels],
             self._source,
@@ -171,7 +171,7 @@ class Session:
         if layer is None:
             raise InputError(f"{settings.name} must have {NEEDS['output layer']}.")
         start, _ = span(loaded.plan.usable, (last,))
-        take = self._train_source(start, data.n)
+        take = self._examples(start, data.n).take
         chunks = torch.arange(data.n, device=loaded.device).split(CHUNK)
         features = layer_inputs(layer, lambda: [loaded.output(take(i), start) for i in chunks])
         self._touch((last,))

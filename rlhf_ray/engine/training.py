@@ -1,49 +1,15 @@
-"""The training inside a stage: batches from cached activations, optimizer state, divergence."""
+"""The training inside a stage: optimizer steps, and the optimizer's state between stages."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.allocation import to_keep
-from rlhf_ray.engine.graphs import Step
+from rlhf_ray.engine.batches import Examples, Step, one_by_one
 from rlhf_ray.engine.segments import Values
 from rlhf_ray.operations import OptimizerName, Train
-
-
-def batch_order(
-    n_train: int,
-    steps: int | None,
-    batch_size: int,
-    generator: torch.Generator,
-    *,
-    device: torch.device | None = None,
-) -> Iterator[Tensor]:
-    """Indices of the examples of each step: permutations of the split, one after the other.
-
-    Args:
-        n_train: size of the split.
-        steps: number of batches; None: the split once, the last batch possibly smaller; a single
-            example that is left over joins the batch before: batch statistics need two.
-        batch_size: B.
-        generator: CPU generator.
-        device: where the indices shall lie; None: on the CPU.
-
-    Returns:
-        An iterator over int64 tensors (B,).
-    """
-    n_drawn = n_train if steps is None else steps * batch_size
-    rounds = [
-        torch.randperm(n_train, generator=generator) for _ in range(math.ceil(n_drawn / n_train))
-    ]
-    # all at once: a transfer per step would hold every step up
-    order = torch.cat(rounds)[:n_drawn].to(device)
-    if batch_size < n_drawn and n_drawn % batch_size == 1:
-        before_last = n_drawn // batch_size - 1
-        return iter(order.split([batch_size] * before_last + [batch_size + 1]))
-    return iter(order.split(batch_size))
 
 
 def make_optimizer(
@@ -106,13 +72,12 @@ def train_steps(
     settings: Train,
     *,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Tensor],
-    take: Callable[[Tensor], Values],
+    batches: Iterable[Tensor],
+    examples: Examples,
     output: Callable[[Values], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
-    targets: Tensor,
     anchors: Mapping[nn.Parameter, Tensor] | None = None,
-    captured: Callable[[Step], Step] = lambda step: step,
+    carried_out: Callable[[Step, Examples, Iterable[Tensor]], list[Tensor]] = one_by_one,
 ) -> Tensor:
     """Carries out the steps.
 
@@ -120,12 +85,11 @@ def train_steps(
         settings: of the operation; the caller has set modes and `requires_grad`.
         optimizer: over the trained parameters.
         batches: example indices (B,) of each step, on the device.
-        take: indices -> what the trained levels are run on.
-        output: that -> outputs.
+        examples: what they are indices of.
+        output: what the trained levels are run on -> outputs.
         loss: (outputs, targets) -> scalar.
-        targets: of the whole split, on the device.
         anchors: where `settings.l2_sp` pulls parameters to; needed if that is not 0.
-        captured: makes of a step one that does the same (`StepGraphs.steps`).
+        carried_out: does steps in order and gives their losses (`StepGraphs.carry_out`).
 
     Returns:
         The loss of every step, float32 (K,), on the device: reading it is left to the caller, so
@@ -133,9 +97,9 @@ def train_steps(
     """
     pulled = anchors if anchors and settings.l2_sp else {}
 
-    def step(values: Values, wanted: Tensor) -> Tensor:
+    def step(examples: Examples, index: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        value = loss(output(values), wanted)
+        value = loss(output(examples.take(index)), examples.targets.index_select(0, index))
         value.backward()
         with torch.no_grad():
             for parameter, anchor in pulled.items():
@@ -144,7 +108,6 @@ def train_steps(
         optimizer.step()
         return value.detach().float()
 
-    run = captured(step)
-    losses = [run(take(index), targets.index_select(0, index)) for index in batches]
+    losses = carried_out(step, examples, batches)
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack(losses)
+    return torch.cat([value.reshape(-1) for value in losses])

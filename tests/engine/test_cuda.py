@@ -16,9 +16,10 @@ from simulated_cuda import cuda_device
 from test_stages import path_of, suite_of
 
 from rlhf_ray.engine import fitting
+from rlhf_ray.engine.batches import Examples, batch_order
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
-from rlhf_ray.engine.training import batch_order, make_optimizer, train_steps
+from rlhf_ray.engine.training import make_optimizer, train_steps
 from rlhf_ray.operations import Align, Fit, Operation, OptimizerName, Refit, Train
 from rlhf_ray.outcomes import Outcome, StageRequest, StageStep
 from rlhf_ray.tasks import Suite, Task, map_inputs
@@ -242,6 +243,12 @@ def test_steps_never_wait_for_the_device(optimizer: OptimizerName) -> None:
     settings = Train(name="train", learning_rate=1e-2, optimizer=optimizer)
     order = batch_order(32, 6, 8, torch.Generator().manual_seed(0), device=x.device)
     made = make_optimizer(optimizer, dict(model.named_parameters()), 1e-2)
+    examples = Examples(
+        values={"": x},
+        boundary=0,
+        targets=y,
+        select=lambda values, index: {"": values[""].index_select(0, index)},
+    )
 
     def steps(n: int) -> torch.Tensor:
         batches = (next(order) for _ in range(n))
@@ -249,10 +256,9 @@ def test_steps_never_wait_for_the_device(optimizer: OptimizerName) -> None:
             settings,
             optimizer=made,
             batches=batches,
-            take=lambda index: {"": x.index_select(0, index)},
+            examples=examples,
             output=lambda values: model(values[""]),
             loss=F.cross_entropy,
-            targets=y,
         )
 
     steps(2)  # libraries are loaded

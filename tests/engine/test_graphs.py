@@ -125,6 +125,33 @@ def test_few_graphs_and_none_after_release_do_as_well(monkeypatch: pytest.Monkey
     assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
 
 
+@pytest.mark.parametrize("name", ["cnn2", "lstm", "pre_activation"])
+@pytest.mark.parametrize(("steps", "n_bytes"), [(1, 1 << 24), (4, 1 << 24), (32, 0)])
+def test_windows_of_any_size_change_nothing(
+    name: str, steps: int, n_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "WINDOW_STEPS", steps)
+    monkeypatch.setattr(graphs, "WINDOW_BYTES", n_bytes)
+    suite = suite_of(zoo.CASES[name])
+    (eager, _), (replayed, made) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
+    operations = train(steps=11), train(steps=None, batch_size=5)
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+    assert made is not None and len(made) >= 6, made.refused
+
+
+def test_levels_below_that_are_run_for_every_batch_are_captured_with_it() -> None:
+    suite = suite_of(zoo.CASES["cnn2"])
+    settings = (dataclasses.replace(s, cache_bytes=0) for s in (EAGER, GRAPHS))
+    (eager, _), (replayed, made) = (stages_of(suite, s) for s in settings)
+    operations = train(steps=6), train(steps=6, batch_size=4)
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+    assert made is not None and {kind.boundary for kind in made._graphs} == {0}
+    kept, _ = stages_of(suite, GRAPHS)
+    assert carried_out(kept, *operations)[0].loss == pytest.approx(
+        carried_out(replayed, *operations)[0].loss, rel=1e-3
+    )
+
+
 class Odd(nn.Module):
     """A network whose code does something that a graph would not do again."""
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_ray.digests import derive_seed
+from rlhf_ray.engine.batches import batch_order
 from rlhf_ray.engine.loaded_model import EngineSettings
 from rlhf_ray.engine.stages import Engine
-from rlhf_ray.engine.training import batch_order
 from rlhf_ray.errors import FailedStageError, InputError
 from rlhf_ray.operations import Operation, Refit, StageSession, Train, default_operations
 from rlhf_ray.outcomes import PRETRAINED, StagePath, StageRequest, StageStep

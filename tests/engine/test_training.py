@@ -1,12 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
+from rlhf_ray.engine.batches import Examples, batch_order
 from rlhf_ray.engine.training import (
-    batch_order,
     load_optimizer_state,
     make_optimizer,
     optimizer_state,
@@ -19,31 +17,15 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@given(n=st.integers(1, 40), steps=st.integers(1, 12), size=st.integers(1, 50))
-def test_batches_go_through_the_split_evenly(n: int, steps: int, size: int) -> None:
-    batches = list(batch_order(n, steps, size, generator()))
-    assert [len(batch) for batch in batches] == [size] * steps
-    counts = torch.bincount(torch.cat(batches), minlength=n)
-    assert int(counts.max() - counts.min()) <= 1
-
-
-@given(n=st.integers(1, 40), size=st.integers(1, 50))
-def test_one_epoch_is_every_example_once(n: int, size: int) -> None:
-    batches = list(batch_order(n, None, size, generator()))
-    assert sorted(torch.cat(batches).tolist()) == list(range(n))
-    assert all(len(batch) == size for batch in batches[:-1])
-
-
-def test_order_follows_the_generator() -> None:
-    first, second, other = (
-        torch.cat(list(batch_order(20, 4, 5, generator(seed)))) for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, second) and not torch.equal(first, other)
-
-
 def setting() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     return nn.Linear(3, 2), torch.randn(24, 3), torch.arange(24) % 2
+
+
+def examples_of(x: torch.Tensor, y: torch.Tensor) -> Examples:
+    return Examples(
+        values={"": x}, boundary=0, targets=y, select=lambda values, i: {"": values[""][i]}
+    )
 
 
 def run(
@@ -57,10 +39,9 @@ def run(
         Train(name="t", learning_rate=0.1),
         optimizer=optimizer,
         batches=iter(batches),
-        take=lambda index: {"": x[index]},
+        examples=examples_of(x, y),
         output=lambda values: model(values[""]),
         loss=F.cross_entropy,
-        targets=y,
     )
 
 
@@ -132,10 +113,9 @@ def test_l2_sp_is_the_gradient_of_the_squared_distance() -> None:
         Train(name="t", learning_rate=0.1, optimizer="sgd", l2_sp=0.3),
         optimizer=make_optimizer("sgd", dict(model.named_parameters()), 0.1),
         batches=iter([batch]),
-        take=lambda index: {"": x[index]},
+        examples=examples_of(x, y),
         output=lambda values: model(values[""]),
         loss=F.cross_entropy,
-        targets=y,
         anchors=anchors,
     )
     distance = torch.stack([p.square().sum() for p in plain.parameters()]).sum()
