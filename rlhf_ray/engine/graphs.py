@@ -152,7 +152,7 @@ class StepGraphs:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         # held, so that what is moved cannot come to lie there again
-        self._held = [value.detach() for value in (*model.parameters(), *model.buffers())]
+        self._held = [value.detach() for value in self._read()]
         self.refused: dict[_Kind, str] = {}
         self._graphs: dict[_Kind, _Graph] = {}
         self._windows: dict[object, _Window] = {}
@@ -168,20 +168,17 @@ class StepGraphs:
         name: OptimizerName,
         parameters: Mapping[str, nn.Parameter],
     ) -> None:
-        """Moves an optimizer's state to the places where graphs look for it; zeros where it is new.
-
-        Zeros are what the optimizers here start from.
-        """
+        """Gives a new optimizer the state it starts from, zeros, where graphs look for it."""
+        places = []
         for parameter in parameters.values():
-            state = optimizer.state[parameter]
             for slot in _SLOTS[name]:
                 if (parameter, slot) not in self._states:
-                    new = torch.zeros((), device=parameter.device)
-                    place = new if slot == "step" else torch.zeros_like(parameter)
-                    self._states[parameter, slot] = place.detach()
-                place = self._states[parameter, slot]
-                place.copy_(state[slot]) if slot in state else place.zero_()
-                state[slot] = place
+                    new = torch.empty((), device=parameter.device)
+                    place = new if slot == "step" else torch.empty_like(parameter.detach())
+                    self._states[parameter, slot] = place
+                places.append(self._states[parameter, slot])
+                optimizer.state[parameter][slot] = places[-1]
+        torch._foreach_zero_(places)
 
     def carry_out(
         self,
@@ -230,8 +227,12 @@ class StepGraphs:
 
     def _moved(self) -> bool:
         """Whether code of the model's or of an operation has put what graphs read elsewhere."""
-        now = (*self._model.parameters(), *self._model.buffers())
-        return [v.data_ptr() for v in now] != [v.data_ptr() for v in self._held]
+        return [v.data_ptr() for v in self._read()] != [v.data_ptr() for v in self._held]
+
+    def _read(self) -> list[Tensor]:
+        """What graphs may read of the model: all weights and buffers."""
+        own = [d for m in self._model.modules() for d in (m._parameters, m._buffers)]
+        return [value for tensors in own for value in tensors.values() if value is not None]
 
     def _capture(
         self,

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weighted_modules
 from rlhf_ray.engine.allocation import to_keep
@@ -106,6 +107,8 @@ class Session:
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
             )
+            if loaded.graphs is not None:
+                loaded.graphs.settle(optimizer, settings.optimizer, parameters)
             if settings.keep_optimizer_state:
                 load_optimizer_state(optimizer, parameters, self._earlier(settings.optimizer))
             losses = train_steps(
@@ -136,7 +139,6 @@ class Session:
         graphs = self._loaded.graphs
         if graphs is None:
             return one_by_one
-        graphs.settle(optimizer, settings.optimizer, self._parameters())
         numbers = settings.learning_rate, settings.level_scales, settings.l2_sp
         loss = self._loaded.loss_digest(self.task)
         kind = self.levels, boundary, settings.optimizer, numbers, loss
@@ -210,8 +212,9 @@ class Session:
     def healthy(self) -> bool:
         """Whether losses and weights are finite."""
         values = [*self._losses, *(p.detach() for p in self._parameters().values())]
+        numbers = [v for v in values if v.numel() and (v.is_floating_point() or v.is_complex())]
         # one answer for all: each that is read holds a GPU up
-        return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+        return bool(torch.isfinite(get_total_norm(numbers, torch.inf)))
 
     def train_loss(self) -> float:
         """Mean over the second half of the steps; the parent's where nothing was trained."""
@@ -225,7 +228,7 @@ class Session:
         loaded = self._loaded
         return {
             level: LevelState(
-                weights={name: to_keep(loaded.state[name]) for name in loaded.split.state[level]},
+                weights=to_keep({name: loaded.state[name] for name in loaded.split.state[level]}),
                 optimizer={
                     entry: value
                     for entry, value in self._kept.items()

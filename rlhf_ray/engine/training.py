@@ -43,29 +43,34 @@ def load_optimizer_state(
     parameters: Mapping[str, nn.Parameter],
     kept: Mapping[str, Tensor],
 ) -> None:
-    """Gives an optimizer the state that an earlier stage left, as `optimizer_state` named it."""
+    """Gives an optimizer the state that an earlier stage left, as `optimizer_state` named it.
+
+    It is copied to where the optimizer has its state already.
+    """
     for entry, value in kept.items():
         slot, name = entry.split("/", 1)
         if name in parameters:
             parameter = parameters[name]
-            if value.shape == parameter.shape:
+            state = optimizer.state[parameter]
+            if slot not in state:
                 # in the parameter's own order in memory: fused kernels pair values by address
-                own = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            else:
-                own = value.to(parameter.device, copy=True)
-            optimizer.state[parameter][slot] = own.detach()
+                like = parameter.detach() if value.shape == parameter.shape else value
+                state[slot] = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            state[slot].copy_(value)
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """The optimizer's state as "<slot>/<parameter name>" -> CPU tensor."""
-    return {
-        f"{slot}/{name}": to_keep(value)
-        for name, parameter in parameters.items()
-        for slot, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
+    return to_keep(
+        {
+            f"{slot}/{name}": value
+            for name, parameter in parameters.items()
+            for slot, value in optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
+        }
+    )
 
 
 def train_steps(
