@@ -178,7 +178,7 @@ class StepGraphs:
                     self._states[parameter, slot] = place
                 places.append(self._states[parameter, slot])
                 optimizer.state[parameter][slot] = places[-1]
-        torch._foreach_zero_(places)
+        torch._foreach_zero_(places)  # pyright: ignore[reportPrivateImportUsage] documented
 
     def carry_out(
         self,

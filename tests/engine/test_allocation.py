@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from simulated_cuda import cuda_device
 
-from rlhf_ray.engine.allocation import in_own_block
+from rlhf_ray.engine.allocation import in_own_block, to_keep
 
 COUNT = """
 import ctypes, json, resource
@@ -81,3 +82,22 @@ def test_a_block_of_its_own_goes_back_when_it_is_dropped():
     before = resident()
     del own
     assert before - resident() > 30 << 20
+
+
+def test_what_leaves_a_gpu_is_the_same_each_with_memory_of_its_own():
+    values = {
+        "large": torch.randn(300, 70),
+        "conv": channels_last(8, 4, 3, 3),
+        "count": torch.tensor(3),
+        "half": torch.randn(5).bfloat16(),
+        "empty": torch.empty(0, 4),
+        "part": torch.randn(6, 6)[:, 2],
+    }
+    with cuda_device():
+        kept = to_keep({name: value.to("cuda") for name, value in values.items()})
+    assert list(kept) == list(values)
+    assert len({value.untyped_storage().data_ptr() for value in kept.values()}) == len(values)
+    for name, value in kept.items():
+        assert value.device.type == "cpu" and value.is_contiguous()
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        torch.testing.assert_close(value, values[name], rtol=0, atol=0)
