@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_ray.engine.batches import Examples, Step, one_by_one
@@ -68,6 +67,7 @@ class _Window:
         n = self.n_steps * batch_size
         self._values = taken(n)
         self._targets = examples.targets[:1].repeat_interleave(n, 0)
+        self._nothing = torch.zeros(n, dtype=torch.long, device=device)  # rows of no step
         self._order = torch.arange(n, device=device).view(self.n_steps, batch_size)
         self._losses = torch.zeros(self.n_steps, device=device)
         self._next = torch.zeros(1, dtype=torch.long, device=device)
@@ -78,8 +78,8 @@ class _Window:
 
     def fill(self, examples: Examples, batches: list[Tensor]) -> None:
         """Copies batches here, at most `n_steps`; the next step takes the first."""
-        rows = torch.cat(batches)
-        rows = F.pad(rows, (0, self._order.numel() - len(rows)))
+        none = self._nothing[: (self.n_steps - len(batches)) * self._order.shape[1]]
+        rows = torch.cat([*batches, none])
         for name, value in examples.select(examples.values, rows).items():
             self._values[name].copy_(value)
         self._targets.copy_(examples.targets.index_select(0, rows))

@@ -1,5 +1,6 @@
 """The tasks' splits on the device, bounded: those of the least recently used tasks leave first."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ class SplitData:
     name: str
     values: Values
     targets: Tensor
+
+    @functools.cached_property
+    def targets_on_cpu(self) -> Tensor:
+        """For metrics."""
+        return self.targets.cpu()
 
     @property
     def n(self) -> int:

@@ -1,8 +1,9 @@
 """One stage from the inside: what an operation works with (`operations.StageSession`)."""
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -140,11 +141,9 @@ class Session:
         if graphs is None:
             return one_by_one
         numbers = settings.learning_rate, settings.level_scales, settings.l2_sp
-        loss = self._loaded.loss_digest(self.task)
-        kind = self.levels, boundary, settings.optimizer, numbers, loss
-        return partial(
-            graphs.carry_out, kind=kind, optimizer=optimizer, loss=self._loaded.loss(self.task)
-        )
+        loss, digest = self._loaded.loss(self.task), self._loaded.loss_digest(self.task)
+        kind = self.levels, boundary, settings.optimizer, numbers, digest
+        return functools.partial(graphs.carry_out, kind=kind, optimizer=optimizer, loss=loss)
 
     def align(self, settings: Align, levels: tuple[int, ...]) -> None:
         """Aligns some of the session's levels with the source, in turn, as the settings say."""
@@ -211,17 +210,22 @@ class Session:
 
     def healthy(self) -> bool:
         """Whether losses and weights are finite."""
-        values = [*self._losses, *(p.detach() for p in self._parameters().values())]
-        numbers = [v for v in values if v.numel() and (v.is_floating_point() or v.is_complex())]
+        weights = [p.detach() for p in self._parameters().values() if p.numel()]
+        numbers = [v for v in weights if v.is_floating_point() or v.is_complex()]
         # one answer for all: each that is read holds a GPU up
-        return bool(torch.isfinite(get_total_norm(numbers, torch.inf)))
+        largest = float(get_total_norm(numbers, torch.inf))
+        return math.isfinite(largest) and bool(torch.isfinite(self._all_losses).all())
 
     def train_loss(self) -> float:
         """Mean over the second half of the steps; the parent's where nothing was trained."""
         if not self._losses:
             return self._parent.train_loss
-        losses = torch.cat(self._losses)
-        return float(losses[losses.shape[0] // 2 :].mean())
+        return float(self._all_losses[len(self._all_losses) // 2 :].mean())
+
+    @functools.cached_property
+    def _all_losses(self) -> Tensor:
+        """Of the steps of the stage that is over, float32 (K,), on the CPU."""
+        return torch.cat(self._losses).cpu() if self._losses else torch.empty(0)
 
     def states(self) -> dict[int, LevelState]:
         """What the stage leaves of the levels it changed."""

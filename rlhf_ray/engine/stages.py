@@ -29,6 +29,7 @@ from rlhf_ray.engine.descriptors import (
 from rlhf_ray.engine.loaded_model import EngineSettings, Load, LoadedModel
 from rlhf_ray.engine.prices import StagePrices, flop_table
 from rlhf_ray.engine.segments import SegmentPlan
+from rlhf_ray.engine.splits import SplitData
 from rlhf_ray.engine.stage_session import Session
 from rlhf_ray.errors import InputError
 from rlhf_ray.isolation import apart, beside, restored_buffers, seed_all
@@ -42,6 +43,9 @@ from rlhf_ray.outcomes import (
     StageRequest,
 )
 from rlhf_ray.tasks import Inputs, Metric, Suite, Task, input_tensors, n_examples
+
+FEW_NUMBERS = 1 << 16
+"""Outputs up to here are looked at on the CPU, whatever the device: launches would take longer."""
 
 P = ParamSpec("P")
 Returned = TypeVar("Returned")
@@ -135,7 +139,7 @@ class Engine:
         with self._evaluating(self.identity.key(request)):
             with level_moments(self._loaded.model, self._loaded.split) as moments:
                 outputs = self._loaded.outputs(task, val, pretrained, fresh=True)
-            metric, loss, entropy = self._figures(task, outputs, val.targets)
+            metric, loss, entropy = self._figures(task, outputs, val)
         if not all(map(math.isfinite, (metric, loss, entropy))):
             raise InputError(
                 f"task {task.name!r}: the pretrained model's figures on val must be finite, got "
@@ -201,7 +205,7 @@ class Engine:
             self._loaded.mark(session.changed, key)
             val = self._loaded.data(task, "val")
             with self._evaluating(key):
-                found = self._figures(task, self._loaded.outputs(task, val, versions), val.targets)
+                found = self._figures(task, self._loaded.outputs(task, val, versions), val)
             diverged = not all(map(math.isfinite, found))
             figures = figures if diverged else found
         if diverged:
@@ -230,7 +234,7 @@ class Engine:
         test = self._loaded.data(task, "test")
         with self._evaluating(self.identity.key(request)):
             outputs = self._loaded.outputs(task, test, state.versions, keep=False)
-            metric, loss, entropy = self._figures(task, outputs, test.targets)
+            metric, loss, entropy = self._figures(task, outputs, test)
         return Outcome(
             key=self.identity.key(request),
             kind="test",
@@ -342,19 +346,17 @@ class Engine:
             ),
         )
 
-    def _figures(self, task: Task, outputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    def _figures(self, task: Task, outputs: Tensor, data: SplitData) -> tuple[float, float, float]:
         """Metric, loss and relative predictive entropy of a whole split."""
         assert isinstance(task.metric, Metric)
-        loss = float(self._loaded.loss(task)(outputs, targets.clone()))  # which may write into it
-        entropy = 0.0
-        if outputs.dim() >= 2 and outputs.shape[1] > 1 and not targets.is_floating_point():
-            log_p = F.log_softmax(outputs, dim=1)
-            # classes that are masked out (-inf) count for nothing
-            parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
-            mean = float(-parts.sum(1).mean())
-            entropy = mean / math.log(outputs.shape[1])
+        # which may write into targets
+        loss = float(self._loaded.loss(task)(outputs, data.targets.clone()))
+        on_cpu = outputs.cpu()
+        few = outputs.numel() <= FEW_NUMBERS
+        entropy = _entropy(on_cpu if few else outputs, data.targets)
         # metrics may be written with NumPy
-        return float(task.metric.function(outputs.cpu(), targets.cpu().clone())), loss, entropy
+        metric = float(task.metric.function(on_cpu, data.targets_on_cpu.clone()))
+        return metric, loss, entropy
 
     @contextlib.contextmanager
     def _evaluating(self, key: str) -> Iterator[None]:
@@ -395,6 +397,16 @@ class Engine:
         if self._loaded.device.type == "cuda":
             device = torch.cuda.get_device_name(self._loaded.device)
         return {"device": device, "torch": str(torch.__version__)}
+
+
+def _entropy(outputs: Tensor, targets: Tensor) -> float:
+    """Mean predictive entropy over its maximum, in [0, 1]; 0 where there are no classes."""
+    if outputs.dim() < 2 or outputs.shape[1] < 2 or targets.is_floating_point():
+        return 0.0
+    log_p = F.log_softmax(outputs, dim=1)
+    # classes that are masked out (-inf) count for nothing
+    parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
+    return float(-parts.sum(1).mean()) / math.log(outputs.shape[1])
 
 
 def _flops(stage: StageFlops, charged: float = 0.0) -> dict[str, float]:
