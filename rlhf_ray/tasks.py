@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,7 +172,8 @@ class Task:
 def loss_on(device: torch.device, task: Task) -> Loss:
     """A task's loss for outputs on a device: its tensors (class weights, say) are moved.
 
-    Those of a module, and the arguments of a `functools.partial`.
+    Those of a module or another callable object, and the arguments of a `functools.partial`. What
+    such objects note at a call is noted in a copy.
     """
     return _moved(task.loss, device)
 
@@ -194,7 +196,26 @@ def _moved(value: Any, device: torch.device) -> Any:
         args = [_moved(arg, device) for arg in value.args]
         keywords = {name: _moved(arg, device) for name, arg in value.keywords.items()}
         return functools.partial(_moved(value.func, device), *args, **keywords)
-    return value
+    if isinstance(value, types.MethodType):
+        move = _moved if isinstance(value.__self__, nn.Module) else _copied
+        return types.MethodType(value.__func__, move(value.__self__, device))
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
+    return _copied(value, device) if callable(value) else value
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """An object whose attributes are on a device; functions and classes as they are."""
+    if isinstance(value, _WITHOUT_STATE) or not hasattr(value, "__dict__"):
+        return value
+    own = copy.copy(value)
+    vars(own).update(_moved(vars(value), device))
+    return own
+
+
+_WITHOUT_STATE = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 def _named_tensors(data: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
