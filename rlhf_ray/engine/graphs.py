@@ -16,30 +16,27 @@ are, and the kind is captured only if nothing that could be seen speaks against 
 
 import contextlib
 import itertools
-import random
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rlhf_ray.engine.batches import Examples, Step, one_by_one
 from rlhf_ray.engine.segments import SegmentPlan, Values
+from rlhf_ray.engine.watching import TRIAL_STEPS, Memory, Trial
 from rlhf_ray.errors import StageError, in_one_line
 from rlhf_ray.operations import OptimizerName
 
 MAX_GRAPHS = 256
 """Kept at once; beyond that all are dropped, and captured anew as they are needed."""
 
-TRIAL_STEPS = 2
-"""At the beginning of a stage, before a kind of steps is captured; the first loads libraries."""
-
 WINDOW_STEPS, WINDOW_BYTES = 32, 1 << 24
 """Steps whose batches are copied at once, and bytes that they may take, but for a single batch."""
+
+MAX_WINDOWS_BYTES = 1 << 30
+"""For the batches of all kinds; beyond that graphs are dropped, as beyond `MAX_GRAPHS`."""
 
 _SLOTS: Mapping[OptimizerName, tuple[str, ...]] = {
     "adam": ("step", "exp_avg", "exp_avg_sq"),
@@ -61,15 +58,16 @@ class _Window:
         def taken(n: int) -> Values:
             return examples.select(examples.values, torch.zeros(n, dtype=torch.long, device=device))
 
-        device = examples.targets.device
-        n_bytes = SegmentPlan.n_bytes(taken(batch_size))
+        device, one = examples.targets.device, examples.targets[:1]
+        n_bytes = SegmentPlan.n_bytes(taken(batch_size)) + batch_size * one.nbytes
         self.n_steps = max(1, min(WINDOW_STEPS, WINDOW_BYTES // max(1, n_bytes)))
+        self.n_bytes = self.n_steps * n_bytes
         n = self.n_steps * batch_size
         self._values = taken(n)
-        self._targets = examples.targets[:1].repeat_interleave(n, 0)
+        self._targets = one.repeat_interleave(n, 0)
         self._nothing = torch.zeros(n, dtype=torch.long, device=device)  # rows of no step
         self._order = torch.arange(n, device=device).view(self.n_steps, batch_size)
-        self._losses = torch.zeros(self.n_steps, device=device)
+        self._losses = torch.zeros(self.n_steps, dtype=torch.float32, device=device)
         self._next = torch.zeros(1, dtype=torch.long, device=device)
 
     def rewind(self) -> None:
@@ -87,10 +85,14 @@ class _Window:
 
     def carry_out(self, step: Step, examples: Examples) -> None:
         """A step on the next batch of those that lie here."""
-        here = replace(examples, values=self._values, targets=self._targets)
-        loss = step(here, self._order.index_select(0, self._next).view(-1))
+        index = self._order.index_select(0, self._next).view(-1)
+        loss = step(self.holding(examples), index)
         self._losses.index_copy_(0, self._next, loss.view(1))
         self._next.add_(1)
+
+    def holding(self, examples: Examples) -> Examples:
+        """Those that lie here, in place of others."""
+        return replace(examples, values=self._values, targets=self._targets)
 
     def losses(self, n: int) -> Tensor:
         """Of the first steps since it was filled."""
@@ -113,6 +115,11 @@ class _Kind:
     form: tuple[object, ...]
     batch_size: int
 
+    @property
+    def like(self) -> tuple[object, ...]:
+        """Equal for kinds whose batches can lie in one place."""
+        return self.boundary, self.form, self.batch_size
+
     @classmethod
     def of(cls, asked: object, examples: Examples, batch: Tensor) -> "_Kind":
         values, targets = examples.select(examples.values, batch), examples.targets
@@ -127,9 +134,17 @@ class _Kind:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Graph:
+    """A captured step.
+
+    Attributes:
+        memory: of the model's modules when it was captured.
+        held: what else the graph may read.
+    """
+
     graph: torch.cuda.CUDAGraph
     window: _Window
-    held: object  # the loss function, whose tensors the graph reads
+    memory: Memory
+    held: tuple[object, ...]
 
     def carry_out(self, examples: Examples, batches: list[Tensor]) -> list[Tensor]:
         found = []
@@ -167,18 +182,26 @@ class StepGraphs:
         optimizer: torch.optim.Optimizer,
         name: OptimizerName,
         parameters: Mapping[str, nn.Parameter],
-    ) -> None:
-        """Gives a new optimizer the state it starts from, zeros, where graphs look for it."""
-        places = []
+    ) -> bool:
+        """Gives a new optimizer the state it starts from, zeros, where graphs look for it.
+
+        Returns:
+            False, and it did nothing, where operations or the model have moved weights or buffers:
+            no graph can be relied on.
+        """
+        if [v.data_ptr() for v in self._read()] != [v.data_ptr() for v in self._held]:
+            return False
+        places: list[Tensor] = []
         for parameter in parameters.values():
             for slot in _SLOTS[name]:
                 if (parameter, slot) not in self._states:
-                    new = torch.empty((), device=parameter.device)
+                    new = torch.empty((), dtype=torch.float32, device=parameter.device)
                     place = new if slot == "step" else torch.empty_like(parameter.detach())
                     self._states[parameter, slot] = place
                 places.append(self._states[parameter, slot])
                 optimizer.state[parameter][slot] = places[-1]
         torch._foreach_zero_(places)  # pyright: ignore[reportPrivateImportUsage] documented
+        return True
 
     def carry_out(
         self,
@@ -203,14 +226,15 @@ class StepGraphs:
         Returns:
             The losses of some steps at a time, in order.
         """
-        if self._moved():
-            return one_by_one(step, examples, batches)
         found: list[Tensor] = []
         for _, alike in itertools.groupby(batches, len):
             rest = list(alike)
             key = _Kind.of(kind, examples, rest[0])
+            if key in self._graphs and self._graphs[key].memory.changed():
+                del self._graphs[key]
+                self.refused[key] = "a module has changed since"
             if key not in self._graphs and key not in self.refused:
-                trial = _Trial(self._model, loss)
+                trial = Trial(self._model, loss)
                 found += [trial.step(step, examples, index) for index in rest[:TRIAL_STEPS]]
                 rest = rest[TRIAL_STEPS:]
                 if not rest:
@@ -224,10 +248,6 @@ class StepGraphs:
             else:
                 found += self._graphs[key].carry_out(examples, rest)
         return found
-
-    def _moved(self) -> bool:
-        """Whether code of the model's or of an operation has put what graphs read elsewhere."""
-        return [v.data_ptr() for v in self._read()] != [v.data_ptr() for v in self._held]
 
     def _read(self) -> list[Tensor]:
         """What graphs may read of the model: all weights and buffers."""
@@ -243,18 +263,10 @@ class StepGraphs:
         loss: object,
     ) -> None:
         """Captures a step, which carries nothing out; says in `refused` if it cannot be done."""
-        if len(self._graphs) >= MAX_GRAPHS:
-            self._graphs.clear()
-            self._windows.clear()
-        if not self._graphs:
-            self._pool = torch.cuda.graph_pool_handle()
-        like = key.form, key.batch_size
-        if like not in self._windows:  # one for all such kinds: it is filled just before replays
-            self._windows[like] = _Window(examples, key.batch_size)
-        window = self._windows[like]
-        window.rewind()
+        self._make_room()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
+            window = self._window(key, examples)
             with (
                 _capturable(optimizer),
                 torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
@@ -269,47 +281,30 @@ class StepGraphs:
         except Exception as error:  # whatever a model's code raises, or the device is full
             self.refused[key] = in_one_line(error)
             return
-        self._graphs[key] = _Graph(graph=graph, window=window, held=loss)
+        self._windows[key.like] = window
+        self._graphs[key] = _Graph(
+            graph=graph, window=window, memory=Memory([*self._model.modules()]), held=(loss, step)
+        )
 
+    def _make_room(self) -> None:
+        n_bytes = sum(window.n_bytes for window in self._windows.values())
+        crowded = n_bytes > MAX_WINDOWS_BYTES and len(self._windows) > 1
+        if crowded or len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.clear()
+            self._windows.clear()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
 
-class _Trial:
-    """Steps of a kind at the beginning of a stage that are carried out as they are, and watched.
-
-    The first loads libraries, and is where modules set themselves up.
-    """
-
-    def __init__(self, model: nn.Module, loss: object) -> None:
-        of_loss = _modules_of(loss)
-        self._modules = [*model.modules(), *of_loss]
-        self._loss_buffers = [buffer for module in of_loss for buffer in module.buffers()]
-        # held, so that nothing new can lie where it lay
-        self._held = [{**vars(m), "_buffers": dict(m._buffers)} for m in self._modules]
-        self._before = self._memory()
-        self._done = 0
-        self._seen = ""
-
-    def step(self, step: Step, examples: Examples, index: Tensor) -> Tensor:
-        """Carries one out."""
-        drawn = _random_state()
-        with _waits() as waits:
-            found = step(examples, index)
-        self._done += 1
-        if self._done == TRIAL_STEPS and waits:
-            self._seen = "it waits for the device"
-        elif drawn != _random_state():
-            self._seen = "it draws random numbers on the CPU"
-        return found
-
-    def objection(self) -> str:
-        """Why steps like these cannot be captured; "" if nothing speaks against it."""
-        if not self._seen and self._before != self._memory():
-            return "a module keeps account of its calls"
-        return self._seen
-
-    def _memory(self) -> list[object]:
-        # the model's buffers are put back, or part of its state; those of a loss are made anew
-        written = [buffer._version for buffer in self._loss_buffers]
-        return [*(_memory(module) for module in self._modules), written]
+    def _window(self, key: _Kind, examples: Examples) -> _Window:
+        """One for all kinds with such batches: it is filled just before it is read."""
+        window = self._windows.get(key.like) or _Window(examples, key.batch_size)
+        index = torch.arange(key.batch_size, device=examples.targets.device)
+        if _Kind.of(key.asked, window.holding(examples), index) != key:
+            raise StageError(
+                "examples must lie alike when they are chosen twice, got other strides."
+            )
+        window.rewind()
+        return window
 
 
 @contextlib.contextmanager
@@ -324,72 +319,3 @@ def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for group, value in zip(groups, before, strict=True):
             group["capturable"] = value
-
-
-@contextlib.contextmanager
-def _waits() -> Iterator[list[object]]:
-    """A list that is filled, at the end, with what waited for the device."""
-    found: list[object] = []
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    for warning in caught:
-        text = str(warning.message)
-        if "synchronizing CUDA operation" in text:
-            found.append(warning)
-        elif "debug mode is a prototype" not in text:  # the model's own
-            where = warning.filename, warning.lineno
-            warnings.warn_explicit(warning.message, warning.category, *where)
-
-
-def _modules_of(loss: object) -> list[nn.Module]:
-    """Modules that a loss consists of."""
-    if isinstance(loss, nn.Module):
-        return list(loss.modules())
-    if isinstance(loss, partial):
-        inside = (loss.func, *loss.args, *loss.keywords.values())
-        return [module for part in inside for module in _modules_of(part)]
-    return []
-
-
-def _memory(module: nn.Module) -> list[object]:
-    """What a module may remember from one call to the next, its weights and buffers' values aside.
-
-    Equal before and after a call if it remembered nothing.
-    """
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    places = [(name, id(value), value.data_ptr()) for name, value in tensors if value is not None]
-    own = {name: value for name, value in vars(module).items() if name not in _LISTED}
-    return [places, _told(own, depth=3)]
-
-
-def _told(value: object, depth: int) -> object:
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
-    if isinstance(value, nn.Parameter):
-        return id(value), value.data_ptr()
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if isinstance(value, _GENERATORS):
-        return object()  # equal to nothing: what it holds may change at every call
-    if depth and isinstance(value, Mapping):
-        return [(repr(key), _told(item, depth - 1)) for key, item in value.items()]
-    if depth and isinstance(value, list | tuple | set | frozenset):
-        return [_told(item, depth - 1) for item in value]
-    return id(value)
-
-
-_LISTED = ("_parameters", "_buffers", "_modules")
-_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
-
-
-def _random_state() -> tuple[object, ...]:
-    """Of what a module could draw from on the CPU."""
-    numpy: dict[str, Any] = np.random.get_state(legacy=False)["state"]  # type: ignore[assignment]
-    parts = [v.tobytes() if isinstance(v, np.ndarray) else v for v in numpy.values()]
-    return random.getstate(), *parts, torch.default_generator.get_state().numpy().tobytes()

@@ -2,7 +2,7 @@
 
 `plan_segments` finds out how a model can be cut (`tracing`, else `replay`) and at which boundaries
 the values can be relied on: each is run and compared with the plain model before it counts as
-usable. Training and evaluating along a plan is the business of `stages`.
+usable. Training along a plan is `stage_session`'s business, evaluating `loaded_model`'s.
 """
 
 import contextlib

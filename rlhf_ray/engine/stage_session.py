@@ -13,6 +13,7 @@ from rlhf_ray.engine.alignment import OutputMoments, align_where_it_helps, weigh
 from rlhf_ray.engine.allocation import to_keep
 from rlhf_ray.engine.batches import Examples, Step, batch_order, one_by_one
 from rlhf_ray.engine.fitting import fit_where_quickest, layer_inputs
+from rlhf_ray.engine.graphs import StepGraphs
 from rlhf_ray.engine.loaded_model import CHUNK, Load, LoadedModel
 from rlhf_ray.engine.recurrent import differentiable_recurrence
 from rlhf_ray.engine.training import (
@@ -108,8 +109,9 @@ class Session:
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
             )
-            if loaded.graphs is not None:
-                loaded.graphs.settle(optimizer, settings.optimizer, parameters)
+            graphs, carried_out = loaded.graphs, one_by_one
+            if graphs is not None and graphs.settle(optimizer, settings.optimizer, parameters):
+                carried_out = self._replaying(graphs, settings, optimizer, boundary)
             if settings.keep_optimizer_state:
                 load_optimizer_state(optimizer, parameters, self._earlier(settings.optimizer))
             losses = train_steps(
@@ -126,20 +128,21 @@ class Session:
                 output=lambda values: loaded.output(values, boundary),
                 loss=loaded.loss(self.task),
                 anchors={p: loaded.pretrained[name] for name, p in parameters.items()},
-                carried_out=self._on_graphs(settings, optimizer, boundary),
+                carried_out=carried_out,
             )
         self._losses.append(losses)
         if settings.keep_optimizer_state:
             self._kept = optimizer_state(optimizer, parameters)
             self._kept_name = settings.optimizer
 
-    def _on_graphs(
-        self, settings: Train, optimizer: torch.optim.Optimizer, boundary: int
+    def _replaying(
+        self,
+        graphs: StepGraphs,
+        settings: Train,
+        optimizer: torch.optim.Optimizer,
+        boundary: int,
     ) -> Callable[[Step, Examples, Iterable[Tensor]], list[Tensor]]:
-        """How training steps are carried out: on a GPU replayed where they can be."""
-        graphs = self._loaded.graphs
-        if graphs is None:
-            return one_by_one
+        """How training steps are carried out on a GPU: replayed where they can be."""
         numbers = settings.learning_rate, settings.level_scales, settings.l2_sp
         loss, digest = self._loaded.loss(self.task), self._loaded.loss_digest(self.task)
         kind = self.levels, boundary, settings.optimizer, numbers, digest
@@ -198,6 +201,8 @@ class Session:
         own = {name for level in self.levels for name in loaded.split.state[level]}
         with restored_buffers(loaded.model, kept=own):
             operation.run(self)
+        if self._losses:  # to the CPU at once: they are looked at twice
+            self._losses = [torch.cat(self._losses).cpu()]
         if self._lent:
             self._loaded.forget(self._key, above=0)
 
@@ -211,21 +216,16 @@ class Session:
     def healthy(self) -> bool:
         """Whether losses and weights are finite."""
         weights = [p.detach() for p in self._parameters().values() if p.numel()]
-        numbers = [v for v in weights if v.is_floating_point() or v.is_complex()]
         # one answer for all: each that is read holds a GPU up
-        largest = float(get_total_norm(numbers, torch.inf))
-        return math.isfinite(largest) and bool(torch.isfinite(self._all_losses).all())
+        largest = float(get_total_norm(weights, torch.inf))
+        return math.isfinite(largest) and all(torch.isfinite(v).all() for v in self._losses)
 
     def train_loss(self) -> float:
         """Mean over the second half of the steps; the parent's where nothing was trained."""
         if not self._losses:
             return self._parent.train_loss
-        return float(self._all_losses[len(self._all_losses) // 2 :].mean())
-
-    @functools.cached_property
-    def _all_losses(self) -> Tensor:
-        """Of the steps of the stage that is over, float32 (K,), on the CPU."""
-        return torch.cat(self._losses).cpu() if self._losses else torch.empty(0)
+        losses = torch.cat(self._losses)
+        return float(losses[losses.shape[0] // 2 :].mean())
 
     def states(self) -> dict[int, LevelState]:
         """What the stage leaves of the levels it changed."""

@@ -45,7 +45,7 @@ def load_optimizer_state(
 ) -> None:
     """Gives an optimizer the state that an earlier stage left, as `optimizer_state` named it.
 
-    It is copied to where the optimizer has its state already.
+    Where the optimizer has its state already (`StepGraphs.settle`), it is copied there.
     """
     for entry, value in kept.items():
         slot, name = entry.split("/", 1)
@@ -113,6 +113,8 @@ def train_steps(
         optimizer.step()
         return value.detach().float()
 
-    losses = carried_out(step, examples, batches)
-    optimizer.zero_grad(set_to_none=True)
+    try:
+        losses = carried_out(step, examples, batches)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
     return torch.cat([value.reshape(-1) for value in losses])

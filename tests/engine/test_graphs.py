@@ -6,6 +6,7 @@ On a GPU where there is one, else on `simulated_cuda`.
 import dataclasses
 import functools
 import random
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,6 +161,7 @@ class Odd(nn.Module):
         self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
         self.what, self.calls, self.pair = what, 0, None
         self.generator = np.random.default_rng(0) if what is draws else None
+        self.helper = types.SimpleNamespace(calls=0)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,6 +179,11 @@ def throws(model: Odd, x: torch.Tensor) -> torch.Tensor:
 def counts(model: Odd, x: torch.Tensor) -> torch.Tensor:
     model.calls += 1
     return x * (1 + model.calls % 3)
+
+
+def delegates(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    model.helper.calls += 1
+    return x * (1 + model.helper.calls % 3)
 
 
 def replaces(model: Odd, x: torch.Tensor) -> torch.Tensor:
@@ -210,6 +217,7 @@ def objects(model: Odd, x: torch.Tensor) -> torch.Tensor:
         (looks, "it waits for the device"),
         (throws, "it draws random numbers on the CPU"),
         (counts, "a module keeps account of its calls"),
+        (delegates, "a module keeps account of its calls"),
         (replaces, "a module keeps account of its calls"),
         (remembers, "a module keeps account of its calls"),
         (bounds, ""),  # seen when the engine is made
@@ -247,6 +255,116 @@ class Weighted(nn.Module):
         return F.cross_entropy(outputs, targets, weight=1 / self.met)
 
 
+def measures(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    """In units of what the last evaluation met."""
+    if not model.first.training:
+        model.scale = x.detach().std()
+    return x / model.scale
+
+
+def masks(model: Odd, x: torch.Tensor) -> torch.Tensor:
+    """A mask of the inputs' length, made when it changes."""
+    mask = getattr(model, "mask", torch.empty(0))
+    if mask.shape != x.shape[1:] or mask.device != x.device:
+        model.mask = torch.ones(x.shape[1:], device=x.device).tril()
+    return x * model.mask
+
+
+@pytest.mark.parametrize(
+    ("what", "shapes"), [(measures, [(6,)]), (masks, [(5, 6), (7, 6)])], ids=["evaluation", "mask"]
+)
+def test_what_changes_between_stages_is_not_replayed(
+    what: Callable[[Odd, torch.Tensor], torch.Tensor], shapes: list[tuple[int, ...]]
+) -> None:
+    class Mean(Odd):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).flatten(1, -2).mean(1) if x.dim() > 2 else super().forward(x)
+
+    cases = [
+        zoo.Case(
+            lambda: Mean(what), {"first": ["first"], "head": ["head"]},
+            lambda n, shape=shape: torch.randn(n, *shape), lambda n: torch.arange(n) % 3, "fx",
+        )
+        for shape in shapes
+    ]  # fmt: skip
+    suites = [suite_of(case) for case in cases]
+    tasks = [dataclasses.replace(s.train_tasks[0], name=str(i)) for i, s in enumerate(suites)]
+    suite = dataclasses.replace(suites[0], train_tasks=tasks)
+    path = path_of((0, 1), (0, 1), operation=train(steps=6, learning_rate=0.1))
+    found = []
+    for settings in (EAGER, GRAPHS):
+        stages, made = stages_of(suite, settings)
+        requests = [
+            StageRequest(task=task.name, replica=replica, path=path)
+            for replica in (0, 1)
+            for task in tasks
+        ]
+        found.append([stages.outcome(request).outcome.loss for request in requests])
+    assert found[0] == found[1]
+    assert made is not None and set(made.refused.values()) == {"a module has changed since"}
+
+
+class Transposed(nn.Module):
+    """The output of its first level has the input's name, and its shape at a batch size of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.x(tokens.transpose(0, 1)).relu().mean(0))
+
+
+def test_boundaries_do_not_share_a_window() -> None:
+    case = zoo.Case(
+        Transposed, {"x": ["x"], "head": ["head"]},
+        lambda n: torch.randn(n, 8, 6), lambda n: torch.arange(n) % 3, "fx",
+    )  # fmt: skip
+    (eager, _), (replayed, made) = (stages_of(suite_of(case), s) for s in (EAGER, GRAPHS))
+    operations = train(steps=6, batch_size=8), train(steps=6, batch_size=8)
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+    assert made is not None and len(made) == 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relaid(Train):
+    """A user's operation that trains weights in another order in memory."""
+
+    def run(self, session: Any) -> None:
+        for parameter in session.parameters().values():
+            parameter.data = parameter.data.contiguous()
+        session.train(self)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_weights_that_an_operation_moves_are_trained_without_graphs(optimizer: Any) -> None:
+    plain = train(steps=6, optimizer=optimizer)
+    relaid = Relaid(name="relaid", learning_rate=1e-2, steps=6, batch_size=8, optimizer=optimizer)
+    suite = suite_of(zoo.CASES["cnn2"])
+    (eager, _), (replayed, _) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
+    operations = plain, relaid, plain
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+
+
+def test_numbers_of_64_bits_by_default_change_nothing() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        case = zoo.Case(
+            lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), {"0": ["0"], "1": ["1"]},
+            lambda n: torch.randn(n, 6), lambda n: torch.arange(n) % 3, "fx",
+        )  # fmt: skip
+        (eager, _), (replayed, made) = (stages_of(suite_of(case), s) for s in (EAGER, GRAPHS))
+        operation = train(steps=6, optimizer="adam")
+        assert_equal(carried_out(eager, operation), carried_out(replayed, operation))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made is not None and len(made) == 3
+    assert made._states and all(
+        place.dtype == (torch.float32 if slot == "step" else torch.float64)
+        for (_, slot), place in made._states.items()
+    )
+
+
 def test_a_step_that_failed_is_watched_when_it_is_tried_again() -> None:
     """A device that was full for a moment must not let a step through unseen."""
     full = [True]
@@ -280,14 +398,34 @@ class Scaled(nn.Module):
         return loss / self.scale
 
 
+class Counting:
+    """A loss that counts its calls, without being a module."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return F.cross_entropy(outputs, targets) * (1 + 1 / self.calls)
+
+    def method(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self(outputs, targets)
+
+
 def called(loss: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss(outputs, targets)
 
 
 @pytest.mark.parametrize(
     "loss",
-    [Weighted(), Scaled(), functools.partial(called, Weighted())],
-    ids=["weighted", "scaled", "partial"],
+    [
+        Weighted(),
+        Scaled(),
+        functools.partial(called, Weighted()),
+        Counting(),
+        Counting().method,
+    ],
+    ids=["weighted", "scaled", "partial", "object", "method"],
 )
 def test_a_loss_with_a_memory_is_not_captured(loss: Any) -> None:
     suite = suite_of(zoo.CASES["cnn2"])
