@@ -207,8 +207,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _copied(value: Any, device: torch.device) -> Any:
-    """An object whose attributes are on a device; functions and classes as they are."""
-    if isinstance(value, _WITHOUT_STATE) or not hasattr(value, "__dict__"):
+    """An object whose attributes are on a device; functions, classes and torch's as they are."""
+    of_torch = type(value).__module__.partition(".")[0] == "torch"
+    if of_torch or isinstance(value, _WITHOUT_STATE) or not hasattr(value, "__dict__"):
         return value
     own = copy.copy(value)
     vars(own).update(_moved(vars(value), device))

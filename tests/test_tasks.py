@@ -124,6 +124,11 @@ class Smoothed:
         return F.cross_entropy(outputs, targets, weight=self.weights["fine"])
 
 
+@pytest.mark.parametrize("loss", [torch.ops.aten.mse_loss, F.mse_loss, torch.Tensor.add])
+def test_functions_and_what_torch_brings_are_taken_as_they_are(loss: Any) -> None:
+    assert loss_on(torch.device("meta"), task(loss=loss)) is loss
+
+
 @pytest.mark.parametrize("method", [False, True])
 def test_a_loss_of_any_class_is_moved_and_remembers_in_a_copy(method: bool) -> None:
     given = Smoothed()
