@@ -12,6 +12,7 @@ CPUs.
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -71,11 +72,17 @@ class Device:
 
 
 class Graph:
-    """What was met during a capture: operations, and the memory that they write into."""
+    """What was met during a capture: operations, and the memory that they write into.
 
-    def __init__(self) -> None:
+    Memory that was asked for during the capture is the graph's own; what else it reads or writes on
+    the device must be held by somebody else.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._met: list[tuple[Any, Any, Any, dict[int, Tensor], bool]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, Tensor] = {}
 
     def note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         """Keeps what an operation is about to write into: a capture carries nothing out."""
@@ -93,7 +100,13 @@ class Graph:
         known = {value.untyped_storage()._cdata for value in _tensors(args, kwargs)}
         results = enumerate(_tensors(result))
         new = {i: v for i, v in results if v.untyped_storage()._cdata not in known}
+        self._own.update({value.untyped_storage()._cdata: value for value in new.values()})
+        args, kwargs = pytree.tree_map_only(Tensor, self._lent, (args, kwargs or {}))
         self._met.append((func, args, kwargs, new, torch.is_grad_enabled()))
+
+    def _lent(self, value: Tensor) -> "Tensor | Lent":
+        inside = not _has_memory(value) or value.untyped_storage()._cdata in self._own
+        return value if inside or self._device.of(value) != CUDA else Lent(value)
 
     def end(self) -> None:
         """Puts back what was written."""
@@ -104,11 +117,27 @@ class Graph:
     def replay(self) -> None:
         """Carries the operations out again."""
         with torch._C._AutoDispatchBelowAutograd():
-            for func, args, kwargs, new, with_gradients in self._met:
+            for func, lent_args, lent_kwargs, new, with_gradients in self._met:
+                args, kwargs = pytree.tree_map_only(Lent, Lent.tensor, (lent_args, lent_kwargs))
                 with torch.set_grad_enabled(with_gradients):  # some give more with them
-                    found = _tensors(func(*args, **(kwargs or {})))
+                    found = _tensors(func(*args, **kwargs))
                 for i, place in new.items():
                     place.copy_(found[i])
+
+
+class Lent:
+    """A tensor whose memory is not held."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._storage = StorageWeakRef(value.untyped_storage())
+        self._like = value.dtype, value.storage_offset(), value.size(), value.stride()
+
+    def tensor(self) -> Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            raise AssertionError("a graph must read memory that is held, got some that was freed.")
+        dtype, *where = self._like
+        return torch.empty(0, dtype=dtype).set_(storage, *where)
 
 
 class Stream:
@@ -190,6 +219,8 @@ class _Calls(TorchFunctionMode):
         result = func(*args, **kwargs)
         if device.type == "cuda" or not _tensors(args, kwargs):
             self._device.mark(result, CUDA if device.type == "cuda" else CPU)
+        if device.type == "cuda" and self._device.capturing is not None:
+            self._device.capturing.note(func, args, kwargs, result)
         return result
 
     def _asked(self, attribute: Any, value: Tensor, plain: Any) -> Any:
@@ -285,7 +316,7 @@ def simulated_cuda() -> Iterator[Device]:
         "current_stream": lambda device=None: Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
         "Stream": Stream,
-        "CUDAGraph": Graph,
+        "CUDAGraph": functools.partial(Graph, device),
         "graph": lambda graph, *args, **kwargs: _capture(device, graph),
     }
     with contextlib.ExitStack() as stack:
