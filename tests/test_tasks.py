@@ -115,9 +115,10 @@ class Smoothed:
 
     def __init__(self) -> None:
         self.weights, self.met = {"fine": torch.ones(3)}, [torch.zeros(())]
+        self.form, self.all = self.value, [self]  # objects may hold themselves
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.value(outputs, targets)
+        return self.form(outputs, targets)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.met.append(outputs)
@@ -136,6 +137,7 @@ def test_a_loss_of_any_class_is_moved_and_remembers_in_a_copy(method: bool) -> N
     there = loss_on(torch.device("meta"), loss)
     owner = there.__self__ if method else there  # type: ignore[attr-defined]
     assert owner.weights["fine"].device.type == owner.met[0].device.type == "meta"
+    assert owner.all[0] is owner.form.__self__ is owner is not given
     here = loss_on(torch.device("cpu"), loss)
     assert here(torch.zeros(2, 3), torch.tensor([0, 1])) == pytest.approx(1.0986, abs=1e-4)
     assert len(given.met) == 1 and given.weights["fine"].device.type == "cpu"

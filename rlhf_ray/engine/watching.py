@@ -149,9 +149,11 @@ def _told(value: object, seen: set[int], depth: int) -> object:
         return _Same(value, value._version)
     if isinstance(value, _GENERATORS):
         return object()  # equal to nothing: what it holds may change at every call
+    if isinstance(value, _CONTAINERS) and len(value) > _MANY:
+        return _Same(value, len(value))
     if depth and isinstance(value, Mapping):
         return [(repr(key), _told(item, seen, depth - 1)) for key, item in value.items()]
-    if depth and isinstance(value, list | tuple | set | frozenset):
+    if depth and isinstance(value, _CONTAINERS):
         return [_told(item, seen, depth - 1) for item in value]
     inside = getattr(value, "__dict__", None)
     if (
@@ -167,6 +169,10 @@ def _told(value: object, seen: set[int], depth: int) -> object:
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 """Attributes that all modules have; most are empty."""
+
+_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+_MANY = 1000
+"""Items of a container, a vocabulary, say, that are not looked at one by one."""
 
 _LISTED = frozenset({"_parameters", "_buffers", "_modules"})
 _NO_DATA = (type, types.FunctionType, types.ModuleType, nn.Module)
