@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import math
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,10 +171,9 @@ class Task:
 def loss_on(device: torch.device, task: Task) -> Loss:
     """A task's loss for outputs on a device: its tensors (class weights, say) are moved.
 
-    Those of a module or another callable object, and the arguments of a `functools.partial`. What
-    such objects note at a call is noted in a copy.
+    Those of a module, and the arguments of a `functools.partial`.
     """
-    return _moved(task.loss, device, {})
+    return _moved(task.loss, device)
 
 
 def _on_cpu(task: Task, there: Callable[[Tensor], Tensor]) -> Task:
@@ -187,49 +185,16 @@ def _on_cpu(task: Task, there: Callable[[Tensor], Tensor]) -> Task:
     return moved
 
 
-def _moved(value: Any, device: torch.device, copies: dict[int, Any]) -> Any:
-    """A value with its tensors on a device; `copies` are those of what was met before, by `id`."""
-    if id(value) in copies:  # objects may hold each other
-        return copies[id(value)]
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device)
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, nn.Module):
-        return copies.setdefault(id(value), copy.deepcopy(value).to(device))
     if isinstance(value, functools.partial):
-        args = [_moved(arg, device, copies) for arg in value.args]
-        keywords = {name: _moved(arg, device, copies) for name, arg in value.keywords.items()}
-        return functools.partial(_moved(value.func, device, copies), *args, **keywords)
-    if isinstance(value, types.MethodType):
-        owner = value.__self__
-        move = _moved if isinstance(owner, nn.Module) else _copied
-        return types.MethodType(value.__func__, move(owner, device, copies))
-    if type(value) is tuple:
-        return tuple([_moved(item, device, copies) for item in value])
-    if type(value) is list:
-        items = copies[id(value)] = []
-        items.extend([_moved(item, device, copies) for item in value])
-        return items
-    if type(value) is dict:
-        named = copies[id(value)] = {}
-        named.update({key: _moved(item, device, copies) for key, item in value.items()})
-        return named
-    return _copied(value, device, copies) if callable(value) else value
-
-
-def _copied(value: Any, device: torch.device, copies: dict[int, Any]) -> Any:
-    """An object whose attributes are on a device; functions, classes and torch's as they are."""
-    if id(value) in copies:
-        return copies[id(value)]
-    of_torch = type(value).__module__.partition(".")[0] == "torch"
-    if of_torch or isinstance(value, _WITHOUT_STATE) or not hasattr(value, "__dict__"):
-        return value
-    own = copies[id(value)] = copy.copy(value)
-    for name, item in vars(value).items():
-        vars(own)[name] = _moved(item, device, copies)
-    return own
-
-
-_WITHOUT_STATE = (type, types.FunctionType, types.BuiltinFunctionType)
+        args = [_moved(arg, device) for arg in value.args]
+        keywords = {name: _moved(arg, device) for name, arg in value.keywords.items()}
+        return functools.partial(_moved(value.func, device), *args, **keywords)
+    return value
 
 
 def _named_tensors(data: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
@@ -353,7 +318,7 @@ class Suite:
                 moved[id(value)] = value.cpu()
             return moved[id(value)]
 
-        object.__setattr__(suite, "model", _moved(self.model, _CPU, {}))
+        object.__setattr__(suite, "model", _moved(self.model, _CPU))
         for role in SPLITS:
             tasks = tuple(_on_cpu(task, there) for task in getattr(self, f"{role}_tasks"))
             object.__setattr__(suite, f"{role}_tasks", tasks)

@@ -110,39 +110,6 @@ def test_the_tensors_of_a_loss_go_where_the_outputs_are_and_the_loss_stays_as_it
     assert given.keywords["weight"].device.type == "cpu"
 
 
-class Smoothed:
-    """A loss that is no module, with tensors and a memory."""
-
-    def __init__(self) -> None:
-        self.weights, self.met = {"fine": torch.ones(3)}, [torch.zeros(())]
-        self.form, self.all = self.value, [self]  # objects may hold themselves
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.form(outputs, targets)
-
-    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.met.append(outputs)
-        return F.cross_entropy(outputs, targets, weight=self.weights["fine"])
-
-
-@pytest.mark.parametrize("loss", [torch.ops.aten.mse_loss, F.mse_loss, torch.Tensor.add])
-def test_functions_and_what_torch_brings_are_taken_as_they_are(loss: Any) -> None:
-    assert loss_on(torch.device("meta"), task(loss=loss)) is loss
-
-
-@pytest.mark.parametrize("method", [False, True])
-def test_a_loss_of_any_class_is_moved_and_remembers_in_a_copy(method: bool) -> None:
-    given = Smoothed()
-    loss = task(loss=given.value if method else given)
-    there = loss_on(torch.device("meta"), loss)
-    owner = there.__self__ if method else there  # type: ignore[attr-defined]
-    assert owner.weights["fine"].device.type == owner.met[0].device.type == "meta"
-    assert owner.all[0] is owner.form.__self__ is owner is not given
-    here = loss_on(torch.device("cpu"), loss)
-    assert here(torch.zeros(2, 3), torch.tensor([0, 1])) == pytest.approx(1.0986, abs=1e-4)
-    assert len(given.met) == 1 and given.weights["fine"].device.type == "cpu"
-
-
 def test_accuracy_of_classes_and_of_pixels() -> None:
     outputs = torch.eye(3)
     assert accuracy.function(outputs, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)

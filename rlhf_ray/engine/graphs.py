@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.engine.batches import Examples, Step, one_by_one
 from rlhf_ray.engine.segments import SegmentPlan, Values
-from rlhf_ray.engine.watching import TRIAL_STEPS, Memory, Trial
+from rlhf_ray.engine.watching import TRIAL_STEPS, Memory, Trial, closed_over
 from rlhf_ray.errors import StageError, in_one_line
 from rlhf_ray.operations import OptimizerName
 
@@ -137,7 +137,7 @@ class _Graph:
     """A captured step.
 
     Attributes:
-        memory: of the model's modules when it was captured.
+        memory: of the model's modules, and of what the loss closes over, when it was captured.
         held: what else the graph may read.
     """
 
@@ -283,7 +283,10 @@ class StepGraphs:
             return
         self._windows[key.like] = window
         self._graphs[key] = _Graph(
-            graph=graph, window=window, memory=Memory([*self._model.modules()]), held=(loss, step)
+            graph=graph,
+            window=window,
+            memory=Memory([*self._model.modules()], closed_over(loss)),
+            held=(loss, step),
         )
 
     def _make_room(self) -> None:

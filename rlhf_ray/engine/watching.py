@@ -4,6 +4,7 @@ import contextlib
 import random
 import types
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,13 +30,16 @@ class Memory:
         self._before = self._told()
 
     def changed(self) -> bool:
-        """Whether anything is not what it was."""
+        """Whether anything is not what it was, or cannot be told."""
         return self._before != self._told()
 
-    def _told(self) -> list[object]:
+    def _told(self) -> object:
         seen: set[int] = set()
-        told = [_told_of_module(module, seen) for module in self._modules]
-        return [*told, *(_told(value, seen, depth=3) for value in self._objects)]
+        try:
+            told = [_told_of_module(module, seen) for module in self._modules]
+            return [*told, *(_told(value, seen, depth=3) for value in self._objects)]
+        except Exception:  # whatever code of attributes raises
+            return object()
 
 
 class Trial:
@@ -45,13 +49,10 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, loss: object) -> None:
-        parts = _parts(loss)
-        of_loss = [
-            module for part in parts if isinstance(part, nn.Module) for module in part.modules()
-        ]
+        modules, self._known = _modules_of(loss)
         # the model's buffers are put back, or part of its state; those of a loss are made anew
-        self._loss_buffers = [buffer for module in of_loss for buffer in module.buffers()]
-        self._memory = Memory([*model.modules(), *of_loss], [*parts, self._loss_buffers])
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        self._memory = Memory([*model.modules(), *modules], [buffers, *closed_over(loss)])
         self._done = 0
         self._seen = ""
 
@@ -69,6 +70,8 @@ class Trial:
 
     def objection(self) -> str:
         """Why steps like these cannot be captured; "" if nothing speaks against it."""
+        if not self._known:
+            return "the loss is neither a module nor a plain function"
         if not self._seen and self._memory.changed():
             return "a module keeps account of its calls"
         return self._seen
@@ -102,12 +105,35 @@ def _random_state() -> tuple[object, ...]:
     return random.getstate(), *parts, torch.default_generator.get_state().numpy().tobytes()
 
 
-def _parts(loss: object) -> list[object]:
-    """The objects that a loss consists of."""
+def _modules_of(loss: object) -> tuple[list[nn.Module], bool]:
+    """Modules that a loss consists of, and whether it consists of them and of functions alone.
+
+    A module that a function closes over is the same in all stages, and stays where it is.
+    """
+    if isinstance(loss, nn.Module):
+        return list(loss.modules()), True
     if isinstance(loss, partial):
-        inside = (loss.func, *loss.args, *loss.keywords.values())
-        return [part for value in inside for part in _parts(value)]
-    return [loss.__self__ if isinstance(loss, types.MethodType) else loss]
+        return _modules_of((loss.func, *loss.args, *loss.keywords.values()))
+    if isinstance(loss, list | tuple):
+        inside = [_modules_of(part) for part in loss]
+        return [m for modules, _ in inside for m in modules], all(known for _, known in inside)
+    if isinstance(loss, types.FunctionType):
+        around = [_contents(cell) for cell in loss.__closure__ or ()]
+        return [], not any(isinstance(value, nn.Module) for value in around)
+    return [], isinstance(loss, _WITHOUT_STATE) or type(loss).__module__.startswith("torch.")
+
+
+def closed_over(loss: object) -> list[types.CellType]:
+    """The cells in which functions that a loss consists of have what is around them."""
+    if isinstance(loss, partial):
+        return [cell for part in (loss.func, *loss.args) for cell in closed_over(part)]
+    return list(loss.__closure__ or ()) if isinstance(loss, types.FunctionType) else []
+
+
+def _contents(cell: types.CellType) -> object:
+    with contextlib.suppress(ValueError):  # it is not filled yet
+        return cell.cell_contents
+    return None
 
 
 class _Same:
@@ -141,39 +167,70 @@ def _told_of_module(module: nn.Module, seen: set[int]) -> object:
 
 
 def _told(value: object, seen: set[int], depth: int) -> object:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, _CONSTANTS):
         return repr(value)
+    if isinstance(value, types.CellType):
+        return _told(_contents(value), seen, depth)
     if isinstance(value, nn.Parameter):
         return _Same(value, value.data_ptr())
     if isinstance(value, Tensor):
         return _Same(value, value._version)
-    if isinstance(value, _GENERATORS):
+    if isinstance(value, _MOVING):
         return object()  # equal to nothing: what it holds may change at every call
-    if isinstance(value, _CONTAINERS) and len(value) > _MANY:
-        return _Same(value, len(value))
-    if depth and isinstance(value, Mapping):
-        return [(repr(key), _told(item, seen, depth - 1)) for key, item in value.items()]
-    if depth and isinstance(value, _CONTAINERS):
-        return [_told(item, seen, depth - 1) for item in value]
+    if isinstance(value, np.ndarray):
+        return _Same(value, value.tobytes() if value.size <= _MANY else None)
+    if isinstance(value, _CONTAINERS):
+        return _told_of_container(value, seen, depth)
     inside = getattr(value, "__dict__", None)
-    if (
-        not depth
-        or not isinstance(inside, dict)
-        or isinstance(value, _NO_DATA)
-        or id(value) in seen
-    ):
+    without = not isinstance(inside, dict) or isinstance(value, _NO_DATA)
+    if not depth or without or id(value) in seen:
         return _Same(value)
     seen.add(id(value))
     return _Same(value, _told(inside, seen, depth))
 
 
+def _told_of_container(value: Any, seen: set[int], depth: int) -> object:
+    if not depth or len(value) > _MANY:
+        return _Same(value, len(value))
+    if isinstance(value, Mapping):
+        pairs = value.items()
+        return [(_told(k, seen, 0), _told(item, seen, depth - 1)) for k, item in pairs]
+    return [_told(item, seen, depth - 1) for item in value]
+
+
 _OF_MODULES = frozenset(vars(nn.Module()))
 """Attributes that all modules have; most are empty."""
 
-_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+_CONSTANTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    slice,
+    type(None),
+    np.generic,
+    torch.device,
+    torch.dtype,
+)
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _MANY = 1000
 """Items of a container, a vocabulary, say, that are not looked at one by one."""
 
 _LISTED = frozenset({"_parameters", "_buffers", "_modules"})
+_WITHOUT_STATE = (
+    bool,
+    int,
+    float,
+    str,
+    type(None),
+    Tensor,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+)
+"""What a loss may consist of, next to modules and functions."""
+
 _NO_DATA = (type, types.FunctionType, types.ModuleType, nn.Module)
-_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+_MOVING = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator, Iterator)

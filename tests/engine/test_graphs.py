@@ -412,6 +412,23 @@ class Counting:
         return self(outputs, targets)
 
 
+def counting() -> Any:
+    calls = 0
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(outputs, targets) * (1 + 1 / calls)
+
+    return loss
+
+
+def around_a_module() -> Any:
+    inner = nn.Module()
+    inner.forward = Counting()  # type: ignore[assignment]
+    return lambda outputs, targets: inner(outputs, targets)
+
+
 def called(loss: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss(outputs, targets)
 
@@ -419,22 +436,26 @@ def called(loss: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> tor
 @pytest.mark.parametrize(
     "loss",
     [
-        Weighted(),
-        Scaled(),
-        functools.partial(called, Weighted()),
-        Counting(),
-        Counting().method,
+        Weighted,
+        Scaled,
+        lambda: functools.partial(called, Weighted()),
+        Counting,
+        lambda: Counting().method,
+        counting,
+        around_a_module,
     ],
-    ids=["weighted", "scaled", "partial", "object", "method"],
+    ids=["weighted", "scaled", "partial", "object", "method", "closure", "closure of a module"],
 )
 def test_a_loss_with_a_memory_is_not_captured(loss: Any) -> None:
     suite = suite_of(zoo.CASES["cnn2"])
     (task,) = suite.train_tasks
-    suite = dataclasses.replace(suite, train_tasks=[dataclasses.replace(task, loss=loss)])
-    operations = train(steps=6), train(steps=6)
-    (eager, _), (watched, made) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
-    assert_equal(carried_out(eager, *operations), carried_out(watched, *operations))
-    assert made is not None and not len(made)
+    operations, found = (train(steps=6), train(steps=6)), []
+    for settings in (EAGER, GRAPHS):
+        own = dataclasses.replace(task, loss=loss())
+        stages, made = stages_of(dataclasses.replace(suite, train_tasks=[own]), settings)
+        found.append(carried_out(stages, *operations))
+    assert_equal(*found)
+    assert made is not None and made.refused and not len(made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

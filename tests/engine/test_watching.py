@@ -1,6 +1,9 @@
+import itertools
 import types
+from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -17,6 +20,7 @@ class Holding(nn.Module):
         self.calls, self.items, self.named = 0, [1, [2]], {"a": (3, 4)}
         self.seen = torch.zeros(2)
         self.helper = types.SimpleNamespace(calls=0, myself=self)
+        self.last, self.table, self.place = deque([1], maxlen=2), np.zeros(3), torch.device("cpu")
         self.words = {str(i): i for i in range(5000)}
 
 
@@ -33,6 +37,8 @@ CHANGES: dict[str, Callable[[Holding], object]] = {
     "new attribute": lambda m: setattr(m, "late", None),
     "hook": lambda m: m.inner.register_forward_hook(lambda *_: None),
     "mode": lambda m: m.inner.eval(),
+    "queue": lambda m: m.last.append(2),
+    "array": lambda m: m.table.fill(1.0),
     "more words": lambda m: m.words.update(more=1),
 }
 
@@ -44,6 +50,7 @@ def test_what_modules_hold_is_seen_to_change(change: str) -> None:
     with torch.no_grad():  # as steps do
         model.inner.weight.add_(1.0)
         model.met.add_(1.0)
+    model.place, model.calls = torch.device("cpu"), int("0")  # the same anew
     assert not memory.changed()
     CHANGES[change](model)
     assert memory.changed()
@@ -93,3 +100,21 @@ def test_what_is_held_twice_or_odd_is_told() -> None:
     assert not memory.changed()
     model.second = Odd()
     assert memory.changed()
+
+
+class Unspeakable:
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Unspeakable(), itertools.count(), np.random.default_rng()],
+    ids=["unspeakable", "iterator", "generator"],
+)
+def test_what_cannot_be_told_counts_as_changed(value: object) -> None:
+    model = nn.Identity()
+    model.value = value
+    assert Memory([model]).changed()
