@@ -37,7 +37,7 @@ class Memory:
         seen: set[int] = set()
         try:
             told = [_told_of_module(module, seen) for module in self._modules]
-            return [*told, *(_told(value, seen, depth=3) for value in self._objects)]
+            return [*told, *(_told(value, seen, depth=4) for value in self._objects)]
         except Exception:  # whatever code of attributes raises
             return object()
 
@@ -159,7 +159,7 @@ def _told_of_module(module: nn.Module, seen: set[int]) -> object:
     places = [_Same(value, value.data_ptr()) for value in tensors if value is not None]
     inside = [_Same(child) for child in module._modules.values()]
     own = [
-        (name, _told(value, seen, depth=2))
+        (name, _told(value, seen, depth=3))
         for name, value in vars(module).items()
         if name not in _OF_MODULES or (value and name not in _LISTED)
     ]
@@ -181,9 +181,11 @@ def _told(value: object, seen: set[int], depth: int) -> object:
         return _Same(value, value.tobytes() if value.size <= _MANY else None)
     if isinstance(value, _CONTAINERS):
         return _told_of_container(value, seen, depth)
-    inside = getattr(value, "__dict__", None)
-    without = not isinstance(inside, dict) or isinstance(value, _NO_DATA)
-    if not depth or without or id(value) in seen:
+    if isinstance(value, types.FunctionType):
+        inside: object = value.__closure__
+    else:
+        inside = None if isinstance(value, _NO_DATA) else getattr(value, "__dict__", None)
+    if not depth or not inside or id(value) in seen:
         return _Same(value)
     seen.add(id(value))
     return _Same(value, _told(inside, seen, depth))
@@ -232,5 +234,5 @@ _WITHOUT_STATE = (
 )
 """What a loss may consist of, next to modules and functions."""
 
-_NO_DATA = (type, types.FunctionType, types.ModuleType, nn.Module)
+_NO_DATA = (type, types.ModuleType, nn.Module)
 _MOVING = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator, Iterator)

@@ -12,6 +12,17 @@ from torch import nn
 from rlhf_ray.engine.watching import Memory
 
 
+def scaling() -> Callable[[float], float]:
+    factor = 1.0
+
+    def scaled(value: float) -> float:
+        nonlocal factor
+        factor += 1.0
+        return factor * value
+
+    return scaled
+
+
 class Holding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -21,6 +32,7 @@ class Holding(nn.Module):
         self.seen = torch.zeros(2)
         self.helper = types.SimpleNamespace(calls=0, myself=self)
         self.last, self.table, self.place = deque([1], maxlen=2), np.zeros(3), torch.device("cpu")
+        self.scaled = scaling()
         self.words = {str(i): i for i in range(5000)}
 
 
@@ -37,6 +49,7 @@ CHANGES: dict[str, Callable[[Holding], object]] = {
     "new attribute": lambda m: setattr(m, "late", None),
     "hook": lambda m: m.inner.register_forward_hook(lambda *_: None),
     "mode": lambda m: m.inner.eval(),
+    "closure": lambda m: m.scaled(1.0),
     "queue": lambda m: m.last.append(2),
     "array": lambda m: m.table.fill(1.0),
     "more words": lambda m: m.words.update(more=1),
