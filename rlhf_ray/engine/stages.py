@@ -349,8 +349,7 @@ class Engine:
     def _figures(self, task: Task, outputs: Tensor, data: SplitData) -> tuple[float, float, float]:
         """Metric, loss and relative predictive entropy of a whole split."""
         assert isinstance(task.metric, Metric)
-        # which may write into targets
-        loss = float(self._loaded.loss(task)(outputs, data.targets.clone()))
+        loss = float(self._loaded.loss(task)(outputs, data.targets.clone()))  # may write into them
         on_cpu = outputs.cpu()
         few = outputs.numel() <= FEW_NUMBERS
         entropy = _entropy(on_cpu if few else outputs, data.targets)

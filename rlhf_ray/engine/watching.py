@@ -49,7 +49,9 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, loss: object) -> None:
-        modules, self._known = _modules_of(loss)
+        parts = _parts(loss)
+        modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+        self._known = all(map(_keeps_nothing_unseen, parts))
         # the model's buffers are put back, or part of its state; those of a loss are made anew
         buffers = [buffer for module in modules for buffer in module.buffers()]
         self._memory = Memory([*model.modules(), *modules], [buffers, *closed_over(loss)])
@@ -105,29 +107,26 @@ def _random_state() -> tuple[object, ...]:
     return random.getstate(), *parts, torch.default_generator.get_state().numpy().tobytes()
 
 
-def _modules_of(loss: object) -> tuple[list[nn.Module], bool]:
-    """Modules that a loss consists of, and whether it consists of them and of functions alone.
-
-    A module that a function closes over is the same in all stages, and stays where it is.
-    """
-    if isinstance(loss, nn.Module):
-        return list(loss.modules()), True
-    if isinstance(loss, partial):
-        return _modules_of((loss.func, *loss.args, *loss.keywords.values()))
-    if isinstance(loss, list | tuple):
-        inside = [_modules_of(part) for part in loss]
-        return [m for modules, _ in inside for m in modules], all(known for _, known in inside)
-    if isinstance(loss, types.FunctionType):
-        around = [_contents(cell) for cell in loss.__closure__ or ()]
-        return [], not any(isinstance(value, nn.Module) for value in around)
-    return [], isinstance(loss, _WITHOUT_STATE) or type(loss).__module__.startswith("torch.")
-
-
 def closed_over(loss: object) -> list[types.CellType]:
     """The cells in which functions that a loss consists of have what is around them."""
+    functions = [part for part in _parts(loss) if isinstance(part, types.FunctionType)]
+    return [cell for function in functions for cell in function.__closure__ or ()]
+
+
+def _parts(loss: object) -> list[object]:
+    """What a loss consists of: a `functools.partial` is taken apart."""
     if isinstance(loss, partial):
-        return [cell for part in (loss.func, *loss.args) for cell in closed_over(part)]
-    return list(loss.__closure__ or ()) if isinstance(loss, types.FunctionType) else []
+        return _parts((loss.func, *loss.args, *loss.keywords.values()))
+    if isinstance(loss, list | tuple):
+        return [part for value in loss for part in _parts(value)]
+    return [loss]
+
+
+def _keeps_nothing_unseen(part: object) -> bool:
+    if isinstance(part, types.FunctionType):
+        # a module that a function closes over is the same in all stages, and stays where it is
+        return not any(isinstance(_contents(c), nn.Module) for c in closed_over(part))
+    return isinstance(part, _WATCHED) or type(part).__module__.startswith("torch.")
 
 
 def _contents(cell: types.CellType) -> object:
@@ -150,8 +149,6 @@ class _Same:
             and self._value is other._value
             and self._condition == other._condition
         )
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _told_of_module(module: nn.Module, seen: set[int]) -> object:
@@ -221,18 +218,8 @@ _MANY = 1000
 """Items of a container, a vocabulary, say, that are not looked at one by one."""
 
 _LISTED = frozenset({"_parameters", "_buffers", "_modules"})
-_WITHOUT_STATE = (
-    bool,
-    int,
-    float,
-    str,
-    type(None),
-    Tensor,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
-"""What a loss may consist of, next to modules and functions."""
+_WATCHED = (nn.Module, bool, int, float, str, type(None), Tensor, type, types.BuiltinFunctionType)
+"""What a loss may consist of, next to functions: modules, which are watched, and constants."""
 
 _NO_DATA = (type, types.ModuleType, nn.Module)
 _MOVING = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator, Iterator)

@@ -429,6 +429,10 @@ def around_a_module() -> Any:
     return lambda outputs, targets: inner(outputs, targets)
 
 
+def applied(outputs: torch.Tensor, targets: torch.Tensor, by: Any) -> torch.Tensor:
+    return by(outputs, targets)
+
+
 def called(loss: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss(outputs, targets)
 
@@ -442,9 +446,10 @@ def called(loss: nn.Module, outputs: torch.Tensor, targets: torch.Tensor) -> tor
         Counting,
         lambda: Counting().method,
         counting,
+        lambda: functools.partial(applied, by=counting()),
         around_a_module,
     ],
-    ids=["weighted", "scaled", "partial", "object", "method", "closure", "closure of a module"],
+    ids=["weighted", "scaled", "partial", "object", "method", "closure", "keyword", "around"],
 )
 def test_a_loss_with_a_memory_is_not_captured(loss: Any) -> None:
     suite = suite_of(zoo.CASES["cnn2"])
