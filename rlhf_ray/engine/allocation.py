@@ -13,10 +13,13 @@ serves smaller requests only. Caches of 3 GiB had grown a worker to 7.3 GiB.
 
 import ctypes
 import mmap
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Name = TypeVar("Name", bound=Hashable)
 
 # From glibc's malloc.h, with values in bytes.
 _SETTINGS = {
@@ -71,13 +74,13 @@ TOGETHER_BYTES = 1 << 16
 """Tensors up to here leave a GPU together: a transfer takes longer than what it carries."""
 
 
-def to_keep(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_keep(values: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
     """Copies on the CPU, each with memory of its own.
 
     A GPU puts them in the order of a file first, which takes a CPU long.
     """
-    kept: dict[str, Tensor] = {}
-    small: dict[torch.dtype, dict[str, Tensor]] = {}
+    kept: dict[Name, Tensor] = {}
+    small: dict[torch.dtype, dict[Name, Tensor]] = {}
     for name, value in values.items():
         if not value.is_cuda:
             kept[name] = value.detach().to("cpu", copy=True)

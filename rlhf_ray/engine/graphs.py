@@ -123,13 +123,16 @@ class _Kind:
     @classmethod
     def of(cls, asked: object, examples: Examples, batch: Tensor) -> "_Kind":
         values, targets = examples.select(examples.values, batch), examples.targets
-        of_values = [(name, v.dtype, v.shape, v.stride()) for name, v in values.items()]
         return cls(
             asked=asked,
             boundary=examples.boundary,
-            form=(*of_values, targets.dtype, targets.shape[1:]),
+            form=(*_form(values), targets.dtype, targets.shape[1:]),
             batch_size=len(batch),
         )
+
+
+def _form(values: Values) -> list[tuple[object, ...]]:
+    return [(name, v.dtype, v.shape, v.stride()) for name, v in values.items()]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,6 +174,7 @@ class StepGraphs:
         self.refused: dict[_Kind, str] = {}
         self._graphs: dict[_Kind, _Graph] = {}
         self._windows: dict[object, _Window] = {}
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._states: dict[tuple[nn.Parameter, str], Tensor] = {}
         self._pool: Any = None
 
@@ -229,7 +233,7 @@ class StepGraphs:
         found: list[Tensor] = []
         for _, alike in itertools.groupby(batches, len):
             rest = list(alike)
-            key = _Kind.of(kind, examples, rest[0])
+            key = self._kind(kind, examples, rest[0])
             if key in self._graphs and self._graphs[key].memory.changed():
                 del self._graphs[key]
                 self.refused[key] = "a module has changed since"
@@ -248,6 +252,15 @@ class StepGraphs:
             else:
                 found += self._graphs[key].carry_out(examples, rest)
         return found
+
+    def _kind(self, asked: object, examples: Examples, batch: Tensor) -> _Kind:
+        """Of steps on batches as large as one; looked up where they were taken before."""
+        targets = examples.targets
+        of_all = *_form(examples.values), targets.dtype, targets.shape
+        known = asked, examples.boundary, of_all, len(batch)
+        if known not in self._kinds:
+            self._kinds[known] = _Kind.of(asked, examples, batch)
+        return self._kinds[known]
 
     def _read(self) -> list[Tensor]:
         """What graphs may read of the model: all weights and buffers."""

@@ -103,11 +103,14 @@ class EngineSettings:
 def channels_last(value: Tensor) -> Tensor:
     """A 4-D float tensor with channels-last strides; others as they are.
 
-    The strides are set outright: with one channel, `contiguous(memory_format=...)` changes nothing
-    and the first convolution would answer in NCHW.
+    On a CPU the strides are set outright: with one channel, `contiguous(memory_format=...)` changes
+    nothing and the first convolution would answer in NCHW. On a GPU that is what it had better do:
+    for the weights' gradient, cuDNN has no fast kernel there that is deterministic.
     """
     if value.dim() != 4 or not value.is_floating_point():
         return value
+    if value.is_cuda:
+        return value.contiguous(memory_format=torch.channels_last)
     n, c, h, w = value.shape
     strided = torch.empty_strided(
         value.shape, (c * h * w, 1, w * c, c), dtype=value.dtype, device=value.device

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -61,7 +60,7 @@ class Session:
         self._load = load
         self._source = source
         self._losses: list[Tensor] = []
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}  # optimizer state, of the optimizer
         self._kept_name = ""
 
     @property
@@ -100,6 +99,7 @@ class Session:
     def train(self, settings: Train) -> None:
         """Trains the session's levels on the task's train split."""
         loaded = self._loaded
+        self._kept = to_keep(self._kept)  # of a training before: graphs use its memory again
         data = loaded.data(self.task, "train")
         boundary = loaded.plan.nearest(min(self.levels))
         examples = self._examples(boundary, settings.examples_drawn(data.n))
@@ -201,8 +201,6 @@ class Session:
         own = {name for level in self.levels for name in loaded.split.state[level]}
         with restored_buffers(loaded.model, kept=own):
             operation.run(self)
-        if self._losses:  # to the CPU at once: they are looked at twice
-            self._losses = [torch.cat(self._losses).cpu()]
         if self._lent:
             self._loaded.forget(self._key, above=0)
 
@@ -213,31 +211,37 @@ class Session:
             for level, version in enumerate(self._parent.versions)
         )
 
-    def healthy(self) -> bool:
-        """Whether losses and weights are finite."""
+    def largest(self) -> Tensor:
+        """Of the magnitudes of losses and weights: finite if they are. A GPU is not waited for."""
         weights = [p.detach() for p in self._parameters().values() if p.numel()]
-        # one answer for all: each that is read holds a GPU up
-        largest = float(get_total_norm(weights, torch.inf))
-        return math.isfinite(largest) and all(torch.isfinite(v).all() for v in self._losses)
+        return get_total_norm([*weights, *self._losses], torch.inf)
 
     def train_loss(self) -> float:
         """Mean over the second half of the steps; the parent's where nothing was trained."""
         if not self._losses:
             return self._parent.train_loss
-        losses = torch.cat(self._losses)
+        losses = torch.cat([value.cpu() for value in self._losses])
         return float(losses[losses.shape[0] // 2 :].mean())
 
     def states(self) -> dict[int, LevelState]:
         """What the stage leaves of the levels it changed."""
-        loaded = self._loaded
+        live, split = self._loaded.state, self._loaded.split
+        found: dict[tuple[int, str, str], Tensor] = {}
+        for level in self.changed:
+            for name in split.state[level]:
+                found[level, "weights", name] = live[name]
+            for entry, value in self._kept.items():
+                if entry.split("/", 1)[1] in split.parameters[level]:
+                    found[level, "optimizer", entry] = value
+        kept = to_keep(found)  # all at once: each transfer holds a GPU up
+
+        def part(level: int, kind: str) -> dict[str, Tensor]:
+            return {name: value for (*of, name), value in kept.items() if of == [level, kind]}
+
         return {
             level: LevelState(
-                weights=to_keep({name: loaded.state[name] for name in loaded.split.state[level]}),
-                optimizer={
-                    entry: value
-                    for entry, value in self._kept.items()
-                    if entry.split("/", 1)[1] in loaded.split.parameters[level]
-                },
+                weights=part(level, "weights"),
+                optimizer=part(level, "optimizer"),
                 optimizer_name=self._kept_name,
             )
             for level in self.changed

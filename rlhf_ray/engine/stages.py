@@ -179,8 +179,9 @@ class Engine:
             it diverged).
         """
         source = self.source_moments()  # asks the pretrained model, so before the state is loaded
-        began = time.perf_counter()
         task = self._suite.task(request.task)
+        self._flop_model(task)  # made once: of no stage's time
+        began = time.perf_counter()
         key = self.identity.key(request)
         step = request.path[-1]
         self._loaded.load(parent.versions, load)
@@ -196,34 +197,57 @@ class Engine:
         )
         self._loaded.mark(step.levels, None)  # dirty until the stage has ended well
         session.carry_out(step.operation)
-        versions, figures = session.versions(), (parent.metric, parent.loss, parent.entropy)
+        versions = session.versions()
         for level in step.levels:  # those that it left as they were
             if level not in session.changed:
                 self._loaded.mark((level,), versions[level])
-        diverged = not session.healthy()
-        if session.changed and not diverged:
+        flops = _flops(self._ledger(request, session.changed), session.charged)
+        figures = self._after(session, task, key, parent)
+        diverged = figures is None
+        if not diverged:
             self._loaded.mark(session.changed, key)
-            val = self._loaded.data(task, "val")
-            with self._evaluating(key):
-                found = self._figures(task, self._loaded.outputs(task, val, versions), val)
-            diverged = not all(map(math.isfinite, found))
-            figures = figures if diverged else found
-        if diverged:
-            versions = parent.versions
-        time_s = time.perf_counter() - began
+        metric, loss, entropy = figures or (parent.metric, parent.loss, parent.entropy)
         outcome = Outcome(
             key=key,
-            metric=figures[0],
-            loss=figures[1],
-            entropy=figures[2],
+            metric=metric,
+            loss=loss,
+            entropy=entropy,
             train_loss=parent.train_loss if diverged else session.train_loss(),
             diverged=diverged,
-            flops=_flops(self._ledger(request, session.changed), session.charged),
-            time_s=time_s,
-            versions=versions,
+            flops=flops,
+            time_s=time.perf_counter() - began,
+            versions=parent.versions if diverged else versions,
             meta=self._meta,
         )
         return outcome, {} if diverged else session.states()
+
+    def _after(
+        self, session: Session, task: Task, key: str, parent: Outcome
+    ) -> tuple[float, float, float] | None:
+        """Figures on val after a stage; None: it diverged.
+
+        All that a GPU shall do is asked for before the first of its answers is waited for.
+        """
+        largest = session.largest()
+        if largest.is_cpu and not math.isfinite(largest):
+            return None
+        if not session.changed:
+            return (parent.metric, parent.loss, parent.entropy) if math.isfinite(largest) else None
+        val = self._loaded.data(task, "val")
+        figures = None
+        with self._evaluating(key):
+            try:
+                outputs = self._loaded.outputs(task, val, session.versions())
+            except Exception:  # whatever a model's code makes of weights that are not finite
+                if math.isfinite(largest):
+                    raise
+            else:
+                if math.isfinite(largest):
+                    figures = self._figures(task, outputs, val)
+        if figures is None or not all(map(math.isfinite, figures)):
+            self._loaded.forget(key, above=0)
+            return None
+        return figures
 
     @_set_apart
     def test(self, request: StageRequest, state: Outcome, load: Load) -> Outcome:
@@ -404,7 +428,7 @@ def _entropy(outputs: Tensor, targets: Tensor) -> float:
         return 0.0
     log_p = F.log_softmax(outputs, dim=1)
     # classes that are masked out (-inf) count for nothing
-    parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p)
+    parts = log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)
     return float(-parts.sum(1).mean()) / math.log(outputs.shape[1])
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.engine.allocation import to_keep
 from rlhf_ray.engine.batches import Examples, Step, one_by_one
 from rlhf_ray.engine.segments import Values
 from rlhf_ray.operations import OptimizerName, Train
@@ -62,15 +61,13 @@ def load_optimizer_state(
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimizer's state as "<slot>/<parameter name>" -> CPU tensor."""
-    return to_keep(
-        {
-            f"{slot}/{name}": value
-            for name, parameter in parameters.items()
-            for slot, value in optimizer.state[parameter].items()
-            if isinstance(value, Tensor)
-        }
-    )
+    """The optimizer's state as "<slot>/<parameter name>" -> tensor, where it lies."""
+    return {
+        f"{slot}/{name}": value
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
 
 
 def train_steps(

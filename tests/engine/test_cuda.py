@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import zoo
 from simulated_cuda import cuda_device
 from test_stages import path_of, suite_of
+from torch import nn
 
 from rlhf_ray.engine import fitting
 from rlhf_ray.engine.batches import Examples, batch_order
@@ -268,3 +269,30 @@ def test_steps_never_wait_for_the_device(optimizer: OptimizerName) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert losses.isfinite().all()
+
+
+class Strict(nn.Linear):
+    """A layer whose code refuses what is not finite while it is evaluated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and not x.isfinite().all():
+            raise ValueError("not finite")
+        return super().forward(x)
+
+
+def test_a_stage_that_diverges_is_an_outcome_whatever_the_models_code_makes_of_it() -> None:
+    case = zoo.Case(
+        lambda: nn.Sequential(nn.Linear(6, 8), Strict(8, 3)), {"first": ["0"], "head": ["1"]},
+        lambda n: torch.randn(n, 6), lambda n: torch.arange(n) % 3, "fx",
+    )  # fmt: skip
+    bad = Train(name="bad", learning_rate=1e38, steps=6, batch_size=8, optimizer="sgd")
+    good = Train(name="good", learning_rate=1e-2, steps=2, batch_size=8)
+    stages = LocalStages(Engine(suite_of(case), CUDA))
+    path = path_of((0, 1), operation=bad)
+    diverged, after = (
+        stages.outcome(StageRequest(task="task", path=p)).outcome
+        for p in (path, path + path_of((0,), operation=good))
+    )
+    assert diverged.diverged and not after.diverged
+    assert diverged.key not in after.versions
+    assert not any(diverged.key in key[-1] for key in stages.engine._loaded._activations._kept)  # type: ignore[attr-defined]

@@ -482,6 +482,24 @@ def test_operations_of_ones_own_are_captured_too() -> None:
     assert made is not None and len(made) == 3
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Twice(Train):
+    """A user's operation that keeps the optimizer's state of the first half alone."""
+
+    def run(self, session: Any) -> None:
+        session.train(self)
+        session.train(dataclasses.replace(self, keep_optimizer_state=False))
+
+
+def test_the_state_that_a_training_keeps_outlasts_the_next() -> None:
+    operation = Twice(name="twice", learning_rate=1e-2, steps=6, batch_size=8)
+    suite = suite_of(zoo.CASES["cnn2"])
+    (eager, _), (replayed, made) = (stages_of(suite, s) for s in (EAGER, GRAPHS))
+    operations = operation, operation
+    assert_equal(carried_out(eager, *operations), carried_out(replayed, *operations))
+    assert made is not None and len(made) == 3
+
+
 def test_losses_and_tasks_do_not_mix() -> None:
     suite = suite_of(zoo.CASES["cnn2"])
     (task,) = suite.train_tasks
