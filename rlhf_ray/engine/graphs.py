@@ -131,8 +131,8 @@ class _Kind:
         )
 
 
-def _form(values: Values) -> list[tuple[object, ...]]:
-    return [(name, v.dtype, v.shape, v.stride()) for name, v in values.items()]
+def _form(values: Values) -> tuple[object, ...]:
+    return tuple((name, v.dtype, v.shape, v.stride()) for name, v in values.items())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -308,6 +308,7 @@ class StepGraphs:
         if crowded or len(self._graphs) >= MAX_GRAPHS:
             self._graphs.clear()
             self._windows.clear()
+            self._kinds.clear()
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
 

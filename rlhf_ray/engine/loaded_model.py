@@ -101,20 +101,18 @@ class EngineSettings:
 
 
 def channels_last(value: Tensor) -> Tensor:
-    """A 4-D float tensor with channels-last strides; others as they are.
+    """A copy of a 4-D float tensor with channels-last strides; others as they are.
 
-    On a CPU the strides are set outright: with one channel, `contiguous(memory_format=...)` changes
-    nothing and the first convolution would answer in NCHW. On a GPU that is what it had better do:
-    for the weights' gradient, cuDNN has no fast kernel there that is deterministic.
+    With one channel they are NCHW's, too, for all that `contiguous` looks at, so strides are set
+    outright: on a CPU channels-last ones, lest the first convolution answers in NCHW; on a GPU
+    NCHW's, where cuDNN has a faster deterministic kernel for the gradient of its weights.
     """
     if value.dim() != 4 or not value.is_floating_point():
         return value
-    if value.is_cuda:
-        return value.contiguous(memory_format=torch.channels_last)
     n, c, h, w = value.shape
-    strided = torch.empty_strided(
-        value.shape, (c * h * w, 1, w * c, c), dtype=value.dtype, device=value.device
-    )
+    plain = c == 1 and value.is_cuda
+    strides = (h * w, h * w, w, 1) if plain else (c * h * w, 1, w * c, c)
+    strided = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
     return strided.copy_(value) if n else value
 
 

@@ -60,7 +60,8 @@ class Session:
         self._load = load
         self._source = source
         self._losses: list[Tensor] = []
-        self._kept: dict[str, Tensor] = {}  # optimizer state, of the optimizer
+        self._kept: dict[str, Tensor] = {}  # optimizer state, on the CPU
+        self._unread: dict[str, Tensor] = {}  # the same, where the next training will write
         self._kept_name = ""
 
     @property
@@ -99,7 +100,8 @@ class Session:
     def train(self, settings: Train) -> None:
         """Trains the session's levels on the task's train split."""
         loaded = self._loaded
-        self._kept = to_keep(self._kept)  # of a training before: graphs use its memory again
+        if self._unread:
+            self._kept, self._unread = to_keep(self._unread), {}
         data = loaded.data(self.task, "train")
         boundary = loaded.plan.nearest(min(self.levels))
         examples = self._examples(boundary, settings.examples_drawn(data.n))
@@ -109,8 +111,9 @@ class Session:
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
             )
-            graphs, carried_out = loaded.graphs, one_by_one
+            graphs, carried_out, settled = loaded.graphs, one_by_one, False
             if graphs is not None and graphs.settle(optimizer, settings.optimizer, parameters):
+                settled = True
                 carried_out = self._replaying(graphs, settings, optimizer, boundary)
             if settings.keep_optimizer_state:
                 load_optimizer_state(optimizer, parameters, self._earlier(settings.optimizer))
@@ -132,7 +135,9 @@ class Session:
             )
         self._losses.append(losses)
         if settings.keep_optimizer_state:
-            self._kept = optimizer_state(optimizer, parameters)
+            state = optimizer_state(optimizer, parameters)
+            # what is settled stays there anyway; all else would take a full GPU's memory
+            self._kept, self._unread = ({}, state) if settled else (to_keep(state), {})
             self._kept_name = settings.optimizer
 
     def _replaying(
@@ -226,22 +231,18 @@ class Session:
     def states(self) -> dict[int, LevelState]:
         """What the stage leaves of the levels it changed."""
         live, split = self._loaded.state, self._loaded.split
-        found: dict[tuple[int, str, str], Tensor] = {}
-        for level in self.changed:
-            for name in split.state[level]:
-                found[level, "weights", name] = live[name]
-            for entry, value in self._kept.items():
-                if entry.split("/", 1)[1] in split.parameters[level]:
-                    found[level, "optimizer", entry] = value
-        kept = to_keep(found)  # all at once: each transfer holds a GPU up
-
-        def part(level: int, kind: str) -> dict[str, Tensor]:
-            return {name: value for (*of, name), value in kept.items() if of == [level, kind]}
-
+        weights = {("w", name): live[name] for level in self.changed for name in split.state[level]}
+        unread = {("o", entry): value for entry, value in self._unread.items()}
+        found = to_keep({**weights, **unread})  # all at once: each transfer holds a GPU up
+        optimizer = self._kept | {entry: found["o", entry] for entry in self._unread}
         return {
             level: LevelState(
-                weights=part(level, "weights"),
-                optimizer=part(level, "optimizer"),
+                weights={name: found["w", name] for name in split.state[level]},
+                optimizer={
+                    entry: value
+                    for entry, value in optimizer.items()
+                    if entry.split("/", 1)[1] in split.parameters[level]
+                },
                 optimizer_name=self._kept_name,
             )
             for level in self.changed

@@ -179,9 +179,8 @@ class Engine:
             it diverged).
         """
         source = self.source_moments()  # asks the pretrained model, so before the state is loaded
-        task = self._suite.task(request.task)
-        self._flop_model(task)  # made once: of no stage's time
         began = time.perf_counter()
+        task = self._suite.task(request.task)
         key = self.identity.key(request)
         step = request.path[-1]
         self._loaded.load(parent.versions, load)
@@ -201,48 +200,55 @@ class Engine:
         for level in step.levels:  # those that it left as they were
             if level not in session.changed:
                 self._loaded.mark((level,), versions[level])
-        flops = _flops(self._ledger(request, session.changed), session.charged)
         figures = self._after(session, task, key, parent)
         diverged = figures is None
-        if not diverged:
+        if diverged:  # what is asked of the model next finds weights that are finite
+            self._loaded.load(parent.versions, load)
+        else:
             self._loaded.mark(session.changed, key)
+        train_loss = parent.train_loss if diverged else session.train_loss()
+        states = {} if diverged else session.states()
+        time_s = time.perf_counter() - began
         metric, loss, entropy = figures or (parent.metric, parent.loss, parent.entropy)
         outcome = Outcome(
             key=key,
             metric=metric,
             loss=loss,
             entropy=entropy,
-            train_loss=parent.train_loss if diverged else session.train_loss(),
+            train_loss=train_loss,
             diverged=diverged,
-            flops=flops,
-            time_s=time.perf_counter() - began,
+            flops=_flops(self._ledger(request, session.changed), session.charged),
+            time_s=time_s,
             versions=parent.versions if diverged else versions,
             meta=self._meta,
         )
-        return outcome, {} if diverged else session.states()
+        return outcome, states
 
     def _after(
         self, session: Session, task: Task, key: str, parent: Outcome
     ) -> tuple[float, float, float] | None:
         """Figures on val after a stage; None: it diverged.
 
-        All that a GPU shall do is asked for before the first of its answers is waited for.
+        All that a GPU shall do is asked for before the first of its answers is waited for, so that
+        there a state that is not finite is evaluated, too. A kernel that fails over it costs the
+        worker its process, as one in a training step does.
         """
         largest = session.largest()
-        if largest.is_cpu and not math.isfinite(largest):
+        finite = functools.cache(lambda: math.isfinite(largest))  # asking waits for the GPU
+        if largest.is_cpu and not finite():
             return None
         if not session.changed:
-            return (parent.metric, parent.loss, parent.entropy) if math.isfinite(largest) else None
+            return (parent.metric, parent.loss, parent.entropy) if finite() else None
         val = self._loaded.data(task, "val")
         figures = None
         with self._evaluating(key):
             try:
                 outputs = self._loaded.outputs(task, val, session.versions())
             except Exception:  # whatever a model's code makes of weights that are not finite
-                if math.isfinite(largest):
+                if finite():
                     raise
             else:
-                if math.isfinite(largest):
+                if finite():
                     figures = self._figures(task, outputs, val)
         if figures is None or not all(map(math.isfinite, figures)):
             self._loaded.forget(key, above=0)

@@ -61,7 +61,7 @@ def load_optimizer_state(
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimizer's state as "<slot>/<parameter name>" -> tensor, where it lies."""
+    """The optimizer's state as "<slot>/<parameter name>" -> tensor, the live one, where it lies."""
     return {
         f"{slot}/{name}": value
         for name, parameter in parameters.items()

@@ -280,19 +280,74 @@ class Strict(nn.Linear):
         return super().forward(x)
 
 
-def test_a_stage_that_diverges_is_an_outcome_whatever_the_models_code_makes_of_it() -> None:
+@pytest.mark.parametrize("settings", [CUDA, CPU], ids=["cuda", "cpu"])
+@pytest.mark.parametrize("levels", [(0, 1), (0,)])  # FLOPs of the second are not counted before
+def test_a_stage_that_diverges_is_an_outcome_whatever_the_models_code_makes_of_it(
+    settings: EngineSettings, levels: tuple[int, ...]
+) -> None:
     case = zoo.Case(
         lambda: nn.Sequential(nn.Linear(6, 8), Strict(8, 3)), {"first": ["0"], "head": ["1"]},
-        lambda n: torch.randn(n, 6), lambda n: torch.arange(n) % 3, "fx",
+        lambda n: 1000 * torch.randn(n, 6), lambda n: torch.arange(n) % 3, "fx",
     )  # fmt: skip
-    bad = Train(name="bad", learning_rate=1e38, steps=6, batch_size=8, optimizer="sgd")
+    bad = Train(name="bad", learning_rate=3e38, steps=6, batch_size=8, optimizer="sgd")
     good = Train(name="good", learning_rate=1e-2, steps=2, batch_size=8)
-    stages = LocalStages(Engine(suite_of(case), CUDA))
-    path = path_of((0, 1), operation=bad)
+    if levels == (0,):  # the head is evaluated while it is trained
+        bad = dataclasses.replace(bad, steps=1)
+    stages = LocalStages(Engine(suite_of(case), settings))
+    path = path_of(levels, operation=bad)
     diverged, after = (
         stages.outcome(StageRequest(task="task", path=p)).outcome
         for p in (path, path + path_of((0,), operation=good))
     )
     assert diverged.diverged and not after.diverged
     assert diverged.key not in after.versions
-    assert not any(diverged.key in key[-1] for key in stages.engine._loaded._activations._kept)  # type: ignore[attr-defined]
+    kept = stages.engine._loaded._activations._kept  # type: ignore[attr-defined]
+    assert not any(diverged.key in key[-1] for key in kept)
+
+
+@pytest.mark.parametrize("settings", [CUDA, CPU], ids=["cuda", "cpu"])
+def test_strides_do_not_hang_on_how_a_users_images_lie(settings: EngineSettings) -> None:
+    images = torch.randn(8, 1, 6, 6)
+    turned = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    suite = suite_of(zoo.CASES["cnn2"])
+    loaded = Engine(suite, settings)._loaded
+    placed = [loaded.place(value) for value in (images, turned)]
+    plain, last = (36, 36, 6, 1), (36, 1, 6, 1)
+    for value in placed:
+        assert isinstance(value, torch.Tensor)
+        assert value.stride() == (plain if settings is CUDA else last)
+
+
+def test_optimizer_state_leaves_the_device_before_the_evaluation_without_graphs() -> None:
+    seen: list[int] = []
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(500, 500), nn.Linear(500, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.first(x))
+
+    case = zoo.Case(
+        Wide, {"first": ["first"], "head": ["head"]},
+        lambda n: torch.randn(n, 500), lambda n: torch.arange(n) % 3, "fx",
+    )  # fmt: skip
+    settings = dataclasses.replace(CUDA, cuda_graphs=False)
+    engine = Engine(suite_of(case), settings)
+    start = engine.start(StageRequest(task="task"))
+    operation = Train(name="train", learning_rate=1e-3, steps=2, batch_size=8)
+    requests = [StageRequest(task="task", replica=replica, path=path_of((0,), operation=operation))
+                for replica in (0, 1)]  # fmt: skip
+    engine.run(requests[0], start, None)  # type: ignore[arg-type]  # libraries take memory, too
+    outputs = engine._loaded.outputs
+
+    def noted(*args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(torch.cuda.memory_allocated())
+        return outputs(*args, **kwargs)  # type: ignore[arg-type]
+
+    engine._loaded.outputs = noted  # type: ignore[method-assign]
+    before = torch.cuda.memory_allocated()
+    _, states = engine.run(requests[1], start, None)  # type: ignore[arg-type]
+    assert any(entry.startswith("exp_avg/") for entry in states[0].optimizer)
+    assert seen[0] - before < 4 * 500 * 500  # one moment
