@@ -111,9 +111,10 @@ class Session:
             optimizer = make_optimizer(
                 settings.optimizer, parameters, settings.learning_rate, self._scales(settings)
             )
-            graphs, carried_out, settled = loaded.graphs, one_by_one, False
-            if graphs is not None and graphs.settle(optimizer, settings.optimizer, parameters):
-                settled = True
+            graphs, carried_out = loaded.graphs, one_by_one
+            if graphs is not None and not graphs.settle(optimizer, settings.optimizer, parameters):
+                graphs = None
+            if graphs is not None:
                 carried_out = self._replaying(graphs, settings, optimizer, boundary)
             if settings.keep_optimizer_state:
                 load_optimizer_state(optimizer, parameters, self._earlier(settings.optimizer))
@@ -136,8 +137,8 @@ class Session:
         self._losses.append(losses)
         if settings.keep_optimizer_state:
             state = optimizer_state(optimizer, parameters)
-            # what is settled stays there anyway; all else would take a full GPU's memory
-            self._kept, self._unread = ({}, state) if settled else (to_keep(state), {})
+            # what graphs use stays there anyway; all else would take a full GPU's memory
+            self._kept, self._unread = (to_keep(state), {}) if graphs is None else ({}, state)
             self._kept_name = settings.optimizer
 
     def _replaying(
